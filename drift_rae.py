@@ -1,0 +1,985 @@
+"""Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE latent space -> a one-step generator.
+
+    python drift_rae.py                          digits on a CPU: RAE, teacher, student, table, samples.png
+    python drift_rae.py --teacher ckpt.pt        distil this teacher
+    python drift_rae.py --resume                 go on from out/state.pt
+    python drift_rae.py --sample 1000 --student out/student.pt --to samples.npz
+
+Read it beside the paper, in this order:
+
+    Eq. (5), (11)   drift_field, signed_weights     Eq. (12)        perturb
+    Eq. (10)        drift_loss, normalised_drift    Eq. (1)-(4)     flow_matching_loss, ode_sample
+    Eq. (8)         one_step                        Table 8         Config, PRESETS, learning_rate, ema_decay
+
+Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samples of one class, D wide.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+from eval_fid import UserError, frechet_distance, precision_recall
+
+# ----------------------------------------------------------------------------------------------------
+# Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
+
+
+def distances(q, y):
+    """Euclidean distances of q [C,Q,D] and y [C,K,D] -> [C,Q,K], by one batched matrix product."""
+    q2, y2 = (torch.linalg.vector_norm(a, dim=-1).square() for a in (q, y))
+    sq = torch.baddbmm(y2.unsqueeze(1), q, y.mT, alpha=-2)                  # ‖y‖² − 2 q·y
+    return sq.add_(q2.unsqueeze(2)).clamp_(min=1e-8).sqrt_()
+
+
+def signed_weights(dist, tau, n_neg, self_mask=True, y_softmax=False):
+    """Weights w of the field V = Σ w·target: + on positives, − on negatives; each row sums to 0.
+
+    dist [C,1|T,N,K] to n_neg negatives, then the positives; tau [T,1,1] in the same unit -> [C,T,N,K].
+    Since a row sums to 0, Σ w·(target − x) = Σ w·target: the −x_j of Eq. (5) needs no line of its own.
+    """
+    logits = dist / -tau
+    if self_mask:  # k ≠ j in Eq. (5): the first N negatives are the queries themselves
+        logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)
+    if not y_softmax:  # modification 1: over the targets only, Eq. (11)
+        return torch.cat([-logits[..., :n_neg].softmax(-1), logits[..., n_neg:].softmax(-1)], -1)
+    # Deng et al. as released (paper.md §6): geometric mean with the softmax over the generated samples
+    affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp_(min=1e-6).sqrt_()
+    neg, pos = affinity[..., :n_neg], affinity[..., n_neg:]
+    return torch.cat([-neg * pos.sum(-1, keepdim=True), pos * neg.sum(-1, keepdim=True)], -1)
+
+
+@torch.no_grad()
+def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
+    """V of Eq. (11) at x + noise, in latent units; single softmax. Carries no gradient.
+
+    x     [C,N,D]  queries: token c of the N generated samples of one class
+    pos   [C,P,D]  the same token of real samples
+    neg   [C,M,D]  of generated samples; the first N are x itself, left out of its own sum if self_mask
+    noise [C,N,D]  added to the queries, not to the kernel's centres (Eq. 12); latent units
+    temperature and scale are scalars: the kernel is exp(−distance / (scale·temperature)).
+    """
+    query, V = x if noise is None else x + noise, []
+    for q, p, n in zip(query.split(8), pos.split(8), neg.split(8)):  # tokens are independent: 8 fit a CPU's cache
+        targets = torch.cat([n, p], 1)                                      # [8,M+P,D]
+        weights = signed_weights(distances(q, targets), scale * temperature, n.shape[1], self_mask)
+        V.append(weights @ targets)                                         # [8,N,D]
+    return torch.cat(V)
+
+
+def perturb(x, tau, generator=None):
+    """Eq. (12), x + τ·n: n has a uniform direction and the norm |Laplace(0,1)|, which is Exp(1).
+
+    x [C,N,D]; tau [T,1,1] in latent units -> [C,T,N,D]. One n serves all temperatures.
+    """
+    n = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    norm = torch.empty_like(n[..., :1]).exponential_(generator=generator)
+    return x.unsqueeze(1) + tau * (n * norm / n.norm(dim=-1, keepdim=True)).unsqueeze(1)
+
+
+@torch.no_grad()
+def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drift_norm, generator):
+    """Σ_τ Ṽ_τ at x [C,N,D], its unit of length (scalar), and what is worth logging (see drift_loss)."""
+    (C, N, D), T, n_neg = x.shape, len(temperatures), x.shape[1] + extra_neg.shape[1]
+    targets = torch.cat([x, extra_neg, pos], 1)                             # [C,K,D]
+    dist = distances(x, targets)                                            # [C,N,K]
+    scale = dist.mean().clamp(min=1e-3)          # S: mean distance, the unit of τ and n (paper.md §6)
+    tau = scale * torch.tensor(temperatures, device=x.device, dtype=x.dtype).view(T, 1, 1)
+    query = x.unsqueeze(1)                                                  # [C,1,N,D]
+    if perturbed:  # modification 2
+        query = perturb(x, tau, generator)                                  # [C,T,N,D]
+        dist = distances(query.flatten(1, 2), targets)                      # [C,T·N,K]
+    weights = signed_weights(dist.unflatten(1, (-1, N)), tau, n_neg, y_softmax=y_softmax)   # [C,T,N,K]
+    V = (weights.flatten(1, 2) @ targets).view(C, T, N, D)                  # Eq. (11), all τ at once
+    unit = (scale / D**0.5).clamp(min=1e-3)      # Deng et al.: coordinates in which S is √D
+    # Ṽ of Eq. (10): divided by its root mean square over the whole call, or over each sample's token
+    power = (V / unit).square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
+    drift = (V / unit / power.clamp(min=1e-8).sqrt()).sum(1)                # [C,N,D]
+
+    w_neg, w_pos = -weights[..., :n_neg], weights[..., n_neg:]
+    mass = w_pos.sum(-1, keepdim=True)                                      # 1 with the single softmax
+    V_pos = (w_pos.flatten(1, 2) @ pos).view(C, T, N, D) - mass * query
+    info = {f"drift_{t:g}": rms for t, rms in zip(temperatures, V.square().sum(-1).mean((0, 2)).sqrt() / scale)}
+    info |= {"scale": scale, "v_pos": V_pos.norm(dim=-1).mean() / scale,
+             "v_neg": (V_pos - V).norm(dim=-1).mean() / scale,
+             "effective_positives": (mass.squeeze(-1) ** 2 / w_pos.square().sum(-1)).mean(),
+             "effective_negatives": (mass.squeeze(-1) ** 2 / w_neg.square().sum(-1)).mean()}
+    return drift, unit, info
+
+
+def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, perturb=True, y_softmax=False,
+               drift_norm="batch", generator=None):
+    """Eq. (10): ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
+
+    gen [C,N,D] with gradient; pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion
+    (modification 3). drift_norm "batch" or "sample": what the field is divided by (paper.md §6).
+    perturb=False, y_softmax=True is the loss that Deng et al. released.
+    info, 0-d tensors: scale S; drift_τ, the root mean square of ‖V_τ‖/S; v_pos and v_neg, the mean
+    ‖V⁺‖/S and ‖V⁻‖/S; effective_positives and effective_negatives, 1/Σw² for Σw = 1, means over τ.
+    """
+    for name, t in (("pos", pos), ("extra_neg", extra_neg)):
+        if t is not None and (t.ndim != 3 or gen.ndim != 3 or t.shape[::2] != gen.shape[::2]):
+            raise ValueError(f"drift_loss: {name} {list(t.shape)} does not go with gen {list(gen.shape)}; "
+                             "both must be [C,·,D]")
+    if drift_norm not in ("batch", "sample"):
+        raise ValueError(f"drift_loss: drift_norm must be 'batch' or 'sample', not {drift_norm!r}")
+    extra_neg = gen[:, :0] if extra_neg is None else extra_neg
+    with torch.autocast(gen.device.type, enabled=False):  # distances cancel: never below float32
+        gen, pos, extra_neg = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (gen, pos, extra_neg))
+        drift, unit, info = normalised_drift(gen.detach(), pos.detach(), extra_neg.detach(), tuple(temperatures),
+                                             perturb, y_softmax, drift_norm, generator)
+        goal = gen.detach() / unit + drift
+        return (gen / unit - goal).square().mean((1, 2)), info
+
+
+# ----------------------------------------------------------------------------------------------------
+# Representation Autoencoder (paper.md §1, §8): a frozen DINOv2 encoder and a ViT decoder.
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, rope=None):                                        # [B,N,D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block under DINOv2's key names; the decoder's has no LayerScale."""
+
+    def __init__(self, dim, heads, mlp_dim, eps, layer_scale):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, heads)
+        self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(dim, mlp_dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(mlp_dim, dim))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """DINOv2 with registers; loads dinov2_vitb14_reg4_pretrain.pth strictly (paper.md §8)."""
+
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, num_registers=4, mlp_ratio=4):
+        super().__init__()
+        self.grid, self.num_registers = img_size // patch_size, num_registers
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)})
+        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
+        self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) * 0.02) if num_registers else None
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.grid**2, embed_dim) * 0.02)
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # in the released file, of no use here
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), 1e-6, True)
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)                  # likewise: an RAE drops the affine part
+
+    def features(self, x):
+        """Normalised images [B,3,H,W] -> [B,1+R+N,D], after the last block and before any norm."""
+        x = self.patch_embed["proj"](x)                                     # [B,D,h,w]
+        cls, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        if x.shape[-2:] != (self.grid, self.grid):
+            pos = pos.mT.unflatten(-1, (self.grid, self.grid)).float()
+            pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", antialias=True).flatten(2).mT.to(x.dtype)
+        prefix = [(self.cls_token + cls).expand(len(x), -1, -1)]
+        if self.num_registers:
+            prefix.append(self.register_tokens.expand(len(x), -1, -1))      # registers have no position
+        x = torch.cat([*prefix, x.flatten(2).mT + pos], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x):
+        """Normalised images [B,3,H,W] -> patch tokens [B,N,D] after a LayerNorm without affine (§8)."""
+        x = self.features(x)[:, 1 + self.num_registers:]
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def sincos_2d(dim, grid):
+    """Fixed 2-D sine-cosine position embedding of MAE and DiT, [grid²,dim]; the column comes first."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    row, col = torch.meshgrid(*2 * [torch.arange(grid, dtype=torch.float64)], indexing="ij")
+    angles = [p.reshape(-1, 1) * omega for p in (col, row)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+class Decoder(nn.Module):
+    """The RAE's ViT decoder: tokens [B,N,D] -> images [B,3,H,W] in normalised pixel space."""
+
+    def __init__(self, latent_dim, width, depth, num_heads, mlp_dim, patch_size, grid):
+        super().__init__()
+        self.patch_size, self.grid = patch_size, grid
+        self.embed = nn.Linear(latent_dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", torch.cat([torch.zeros(1, width), sincos_2d(width, grid)]).unsqueeze(0))
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_dim, 1e-12, False) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, 1e-12)
+        self.pred = nn.Linear(width, 3 * patch_size**2)
+
+    def forward(self, tokens):
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), self.embed(tokens)], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.pred(self.norm(x))[:, 1:].unflatten(1, (self.grid, self.grid))
+        x = x.unflatten(-1, (self.patch_size, self.patch_size, 3))          # [B,h,w,p,q,3]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)      # [B,3,h·p,w·q]
+
+    @classmethod
+    def from_official(cls, state_dict, num_heads):
+        """The released decoder (bytetriper/RAE); all sizes but the heads are read off the tensors."""
+        sd = {}
+        for key, value in state_dict.items():
+            for old, new in (("decoder_layers", "blocks"), ("attention.output.dense", "attn.proj"),
+                             ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                             ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+                             ("trainable_cls_token", "cls_token"), ("decoder_", "")):
+                key = key.replace(old, new)
+            sd[key] = value
+        depth = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
+        for i in range(depth):
+            for kind in ("weight", "bias"):
+                qkv = [sd.pop(f"blocks.{i}.attention.attention.{n}.{kind}") for n in ("query", "key", "value")]
+                sd[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
+        width, latent_dim = sd["embed.weight"].shape
+        model = cls(latent_dim, width, depth, num_heads, mlp_dim=len(sd["blocks.0.mlp.fc1.bias"]),
+                    patch_size=math.isqrt(len(sd["pred.bias"]) // 3), grid=math.isqrt(sd["pos_embed"].shape[1] - 1))
+        model.load_state_dict(sd)
+        return model
+
+
+class RAE(nn.Module):
+    """Frozen encoder, decoder, and the statistics [D,h,w] that normalise each latent channel and position."""
+
+    def __init__(self, encoder, decoder, mean, var, input_size, eps=1e-5):
+        super().__init__()
+        self.encoder, self.decoder, self.input_size = encoder, decoder, input_size
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", (var + eps).sqrt())
+        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
+        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def encode(self, images):
+        """Images [B,3,H,W] in [0,1] -> normalised latents [B,D,h,w]."""
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
+        tokens = self.encoder((images - self.pixel_mean) / self.pixel_std)  # [B,N,D]
+        return (tokens.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / self.std
+
+    def decode(self, latents):
+        """Normalised latents [B,D,h,w] -> images [B,3,H,W] around [0,1], not clamped."""
+        tokens = (latents * self.std + self.mean).flatten(2).mT             # [B,N,D]
+        return self.decoder(tokens) * self.pixel_std + self.pixel_mean
+
+
+# ----------------------------------------------------------------------------------------------------
+# DiT^DH (paper.md §8): a deep narrow transformer conditions, token by token, a shallow wide head.
+
+
+class RoPE(nn.Module):
+    """Rotary embedding over a grid² of tokens; the buffers are part of the released state dict."""
+
+    def __init__(self, head_dim, grid):
+        super().__init__()
+        freqs = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
+        angle = torch.outer(torch.arange(grid).float(), freqs).repeat_interleave(2, -1)    # [g,d/2]
+        row, col = angle.unsqueeze(1).expand(-1, grid, -1), angle.unsqueeze(0).expand(grid, -1, -1)
+        angle = torch.cat([row, col], -1).flatten(0, 1)                                    # [g²,d]
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self, x):                                                   # [B,heads,N,d]
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(a) * b)
+
+
+class DiTBlock(nn.Module):
+    """adaLN block whose condition is one vector a sample [B,1,D] (encoder) or a token [B,N,D] (head)."""
+
+    def __init__(self, dim, heads, mlp_dim):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
+        self.attn, self.mlp = Attention(dim, heads), SwiGLU(dim, mlp_dim * 2 // 3)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class TimeEmbedding(nn.Module):
+    """Random Fourier features of t in [0,1], then an MLP."""
+
+    def __init__(self, dim, features=256):
+        super().__init__()
+        self.register_buffer("W", torch.randn(features))
+        self.mlp = nn.Sequential(nn.Linear(2 * features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):                                                   # [B]
+        angle = 2 * math.pi * t.unsqueeze(1) * self.W
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))           # [B,D]
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out_channels):
+        super().__init__()
+        self.norm_final, self.linear = nn.RMSNorm(dim, 1e-6), nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class DiTDH(nn.Module):
+    """Velocity v(x, t | y) of the flow, teacher and student alike; official state-dict keys.
+
+    hidden_size, depth and num_heads are pairs (encoder, head); class num_classes is "no class".
+    In train() mode a label is replaced by "no class" with class_dropout_prob.
+    """
+
+    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, mlp_ratio=4.0,
+                 class_dropout_prob=0.1):
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.class_dropout_prob, self.depth, (enc, dec) = class_dropout_prob, tuple(depth), hidden_size
+        self.register_buffer("pos_embed", sincos_2d(enc, input_size).unsqueeze(0))
+        self.s_embedder, self.x_embedder = (nn.ModuleDict({"proj": nn.Conv2d(in_channels, d, 1)}) for d in (enc, dec))
+        self.s_projector = nn.Linear(enc, dec) if enc != dec else nn.Identity()
+        self.t_embedder = TimeEmbedding(enc)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, enc)})
+        self.enc_feat_rope, self.dec_feat_rope = (RoPE(d // h, input_size) for d, h in zip(hidden_size, num_heads))
+        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))
+                                    for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
+        self.final_layer = FinalLayer(dec, in_channels)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder["embedding_table"]):
+            nn.init.normal_(m.weight, std=0.02)
+        for m in [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+            nn.init.zeros_(m.weight)  # adaLN-Zero: every block starts as the identity, the output as 0
+
+    def forward(self, x, t, y):
+        """x [B,D,h,w], t [B] in [0,1], y [B] class indices -> velocity [B,D,h,w]."""
+        if self.training and self.class_dropout_prob > 0:
+            y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.class_dropout_prob, self.num_classes)
+        t = self.t_embedder(t).unsqueeze(1)                                 # [B,1,E]
+        c = F.silu(t + self.y_embedder["embedding_table"](y).unsqueeze(1))
+        s = self.s_embedder["proj"](x).flatten(2).mT + self.pos_embed       # [B,N,E]
+        for block in self.blocks[:self.depth[0]]:
+            s = block(s, c, self.enc_feat_rope)
+        s = self.s_projector(F.silu(t + s))                                 # [B,N,H]: one condition a token
+        out = self.x_embedder["proj"](x).flatten(2).mT
+        for block in self.blocks[self.depth[0]:]:
+            out = block(out, s, self.dec_feat_rope)
+        return self.final_layer(out, s).mT.unflatten(-1, x.shape[-2:])
+
+    @classmethod
+    def from_state_dict(cls, sd):
+        """Every size is read off the tensors, the heads off the RoPE buffers; then a strict load.
+
+        Where encoder and head are equally wide nothing tells them apart: the last two blocks are the head, as
+        in every released model.
+        """
+        hidden = sd["s_embedder.proj.weight"].shape[0], sd["x_embedder.proj.weight"].shape[0]
+        heads = [d // sd[f"{n}_feat_rope.freqs_cos"].shape[1] for d, n in zip(hidden, ("enc", "dec"))]
+        widths = [len(sd[f"blocks.{i}.norm1.weight"]) for i in range(sum(k.endswith("norm1.weight") for k in sd))]
+        depth_enc = widths.count(hidden[0]) if hidden[0] != hidden[1] else len(widths) - 2
+        # SwiGLU is int(2/3·int(D·ratio)) wide: the smallest ratio that gives both stages their widths
+        rows = [sd[f"blocks.{i}.mlp.w3.weight"].shape[1] for i in (0, len(widths) - 1)]
+        ratio = max(math.ceil(1.5 * r) / d for r, d in zip(rows, hidden))
+        model = cls(math.isqrt(sd["pos_embed"].shape[1]), sd["s_embedder.proj.weight"].shape[1], hidden,
+                    (depth_enc, len(widths) - depth_enc), heads, len(sd["y_embedder.embedding_table.weight"]) - 1, ratio)
+        model.load_state_dict(sd)
+        return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# Flow teacher (§3.1) and one-step student (§3.3). t = 1 is noise, t = 0 is data.
+
+
+def time_shift(u, shift):
+    """u in [0,1] -> t; shift > 1 spends more of the time near the noise, as high dimensions need (§8)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_matching_loss(model, latents, y, shift=1.0, generator=None):
+    """Eq. (1)-(4): y_t = (1−t)·y + t·ε, and the model regresses ε − y. latents [B,D,h,w], y [B] -> scalar."""
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    t = time_shift(torch.rand(len(latents), generator=generator, device=latents.device), shift)
+    tt = t.view(-1, 1, 1, 1)
+    return (model((1 - tt) * latents + tt * noise, t, y) - (noise - latents)).square().mean()
+
+
+@torch.no_grad()
+def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
+    """The official Euler sampler (§8): `steps` grid points from t = 1, so steps − 1 steps. z [B,D,h,w] -> same.
+
+    With cfg_scale ≠ 1, classifier-free guidance where t lies in cfg_interval, ends included.
+    """
+    x, times = z, time_shift(1 - torch.linspace(0, 0.999, steps, device=z.device), shift)
+    for t, t_next in zip(times[:-1], times[1:]):
+        tb = t.expand(len(z))
+        v = model(x, tb, y)
+        if cfg_scale != 1 and cfg_interval[0] <= t <= cfg_interval[1]:
+            v_null = model(x, tb, torch.full_like(y, model.num_classes))
+            v = v_null + cfg_scale * (v - v_null)
+        x = x + (t_next - t) * v
+    return x
+
+
+def one_step(model, z, y):
+    """Eq. (8): G(z) = z − v(z, 1). z [B,D,h,w], y [B] -> latents [B,D,h,w]."""
+    return z - model(z, torch.ones(len(z), device=z.device), y)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Configuration (§4, Table 8). Every field is a flag: --n-pos 128, --no-perturb, --temperatures 0.05 0.2.
+
+
+def option(default, help, **kw):
+    return dataclasses.field(default=default, metadata=dict(help=help, **kw))
+
+
+@dataclasses.dataclass
+class Config:
+    preset: str = option("digits", "defaults of all other flags", choices=("digits", "imagenet256"))
+    teacher: str = option("", "checkpoint of the flow teacher, ours or official (default: OUT/teacher.pt)")
+    data: str = option("", "folder of real images, a subfolder a class (default: the images in the teacher's file)")
+    models: str = option("models", "folder of the released decoder, encoder and statistics, for an official teacher")
+    out: str = option("out", "folder for checkpoints, samples.png, log.csv and metrics.json")
+    resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the generator")
+    # distillation
+    steps: int = option(500, "optimizer steps")
+    n_class: int = option(5, "classes a step, one after the other")
+    n_pos: int = option(128, "positives: real images a class and step")
+    n_neg: int = option(64, "generated samples with gradient a class and step")
+    n_extra_neg: int = option(64, "generated samples without gradient, in the repulsion only")
+    temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", type=float, nargs="+")
+    perturb: bool = option(True, "Eq. (12): evaluate the field at perturbed queries")
+    y_softmax: bool = option(False, "Deng et al.'s second softmax, over the generated samples")
+    drift_norm: str = option("batch", "what Ṽ is divided by: RMS of the batch, or of each sample's token",
+                             choices=("batch", "sample"))
+    flip: bool = option(False, "flip half of the positives horizontally")
+    lr: float = option(1e-3, "learning rate at step 0")
+    lr_min: float = option(1e-5, "learning rate at the last step; linear in between")
+    grad_clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.9995, "decay of the weights' moving average")
+    ema_warmup: int = option(1000, "steps over which that decay rises from 0.5")
+    save_every: int = option(100, "steps between two writes of OUT/state.pt")
+    # sampling
+    sample: int = option(0, "draw this many class-balanced images from --student, and do nothing else")
+    student: str = option("", "checkpoint to sample from (default: OUT/student.pt)")
+    to: str = option("", "where samples go: FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or a folder of PNGs")
+    classes: str = option("", "classes to sample, as in 1,5,9 (default: all)")
+    batch_size: int = option(256, "images a batch in sampling and encoding")
+    teacher_steps: int = option(50, "grid points of the teacher's Euler sampler")
+    shift: float = option(1.0, "time shift of the teacher's sampler")
+
+
+PRESETS = {
+    "digits": {},
+    "imagenet256": dict(dtype="bf16", steps=10_000, n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, flip=True,
+                        lr=3e-5, lr_min=3e-7, shift=math.sqrt(48), save_every=500, batch_size=64),
+}
+
+
+def learning_rate(step, cfg):
+    """Table 8: max(3e-7, 3e-5 − (3e-5 − 3e-7)·t/10000)."""
+    return max(cfg.lr_min, cfg.lr - (cfg.lr - cfg.lr_min) * step / cfg.steps)
+
+
+def ema_decay(step, cfg):
+    """Table 8: min(0.9995, 0.5·(0.9995/0.5)^(t/1000))."""
+    return min(cfg.ema, 0.5 * (cfg.ema / 0.5) ** (step / cfg.ema_warmup))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files. Read without unpickling, written to a temporary name and renamed.
+
+
+def write_atomically(path, write):
+    """write(file) to a temporary neighbour of path, then rename: path is the old file or the new one."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            write(f)
+            f.flush()
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+
+
+def read_checkpoint(path):
+    """The dict that torch.load(weights_only=True) finds in path; a UserError says what is wrong with it."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}: check the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen kinds here; each means: not a file we can read
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{path} is damaged or no torch checkpoint of plain tensors: {reason}") from e
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
+def load_teacher(path):
+    """DiT^DH, in eval mode, from our checkpoint, an official one (key `ema`) or a raw state dict."""
+    checkpoint = read_checkpoint(path)
+    sd = checkpoint.get("ema", checkpoint)
+    sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
+    try:
+        model = DiTDH.from_state_dict(sd)
+    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{path} is not a DiT^DH checkpoint: {' '.join(str(e).split())[:300]}") from e
+    if bad := [k for k, v in model.state_dict().items() if not v.isfinite().all()]:
+        raise UserError(f"{path} holds NaN or infinite weights, first in {bad[0]}: take an earlier checkpoint")
+    return model.eval()
+
+
+def load_rae(checkpoint, cfg):
+    """The RAE inside our own checkpoint, else the released one under --models (paper.md §8)."""
+    if "rae" in checkpoint:
+        rae = checkpoint["rae"]
+        encoder, decoder = ViT(**rae["encoder_args"]), Decoder(**rae["decoder_args"])
+        encoder.load_state_dict(rae["encoder"])
+        decoder.load_state_dict(rae["decoder"])
+        return RAE(encoder, decoder, rae["mean"], rae["var"], rae["input_size"])
+    root = Path(cfg.models)
+    decoder = read_checkpoint(root / "decoders/dinov2/wReg_base/ViTXL_n08/model.pt")
+    stat = read_checkpoint(root / "stats/dinov2/wReg_base/imagenet1k/stat.pt")
+    encoder = ViT(518, 14, 768, 12, 12)
+    encoder.load_state_dict(read_checkpoint(root / "dinov2_vitb14_reg4_pretrain.pth"))
+    return RAE(encoder, Decoder.from_official(decoder, num_heads=16), stat["mean"], stat["var"], 224)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Data: real images of one class at a time.
+
+
+def center_crop(image, size):
+    """ADM's centre crop of a PIL image: halve while twice too large, resize the short side, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(s // 2 for s in image.size), Image.BOX)
+    ratio = size / min(image.size)
+    image = image.resize(tuple(round(s * ratio) for s in image.size), Image.BICUBIC)
+    left, top = ((s - size) // 2 for s in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_float(images):
+    """uint8 [n,H,W,3] -> [n,3,H,W] in [0,1]."""
+    return images.permute(0, 3, 1, 2) / 255
+
+
+def to_uint8(images):
+    """[n,3,H,W] around [0,1] -> uint8 [n,H,W,3] on the CPU."""
+    return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+class Positives:
+    """positives(c, rng) -> latents [P,D,h,w] of P distinct real images of class c, drawn with rng (§3.3)."""
+
+    def __init__(self, rae, checkpoint, num_classes, cfg):
+        self.rae, self.cfg, self.latents = rae, cfg, None
+        size = rae.decoder.grid * rae.decoder.patch_size
+        if cfg.data:
+            try:
+                folder = torchvision.datasets.ImageFolder(cfg.data, lambda image: np.asarray(center_crop(image, size)))
+            except FileNotFoundError as e:
+                raise UserError(f"--data {cfg.data}: {str(e).splitlines()[0]}") from e
+            labels = np.array(folder.targets)
+            self.images = lambda index: torch.from_numpy(np.stack([folder[i][0] for i in index]))
+        elif "images" in checkpoint:  # few and small: they travel in the teacher's file
+            labels = checkpoint["labels"].numpy()
+            self.images = lambda index: checkpoint["images"][torch.from_numpy(index)]
+        else:
+            raise UserError("this teacher's file brings no images: name real ones with --data FOLDER, "
+                            "in a subfolder a class")
+        if labels.max() + 1 != num_classes:
+            raise UserError(f"the images have {labels.max() + 1} classes, the teacher has {num_classes}: "
+                            "give the data it was trained on")
+        self.members = [np.flatnonzero(labels == c) for c in range(num_classes)]
+        few = min(range(num_classes), key=lambda c: len(self.members[c]))
+        if len(self.members[few]) < cfg.n_pos:
+            raise UserError(f"class {few} has {len(self.members[few])} images and --n-pos asks for {cfg.n_pos}: "
+                            "add images or lower --n-pos")
+        if not cfg.data and not cfg.flip:
+            self.latents = torch.cat([self.encode(np.arange(len(labels))[i:i + cfg.batch_size])
+                                      for i in range(0, len(labels), cfg.batch_size)])
+
+    @torch.no_grad()
+    def encode(self, index, flip=None):
+        images = to_float(self.images(index))
+        if flip is not None:
+            images = torch.where(torch.from_numpy(flip).view(-1, 1, 1, 1), images.flip(-1), images)
+        with autocast(self.cfg):
+            return self.rae.encode(images.to(self.cfg.device)).float()
+
+    def __call__(self, c, rng):
+        index = rng.choice(self.members[c], self.cfg.n_pos, replace=False)
+        if self.latents is not None:
+            return self.latents[torch.from_numpy(index)]
+        return self.encode(index, rng.random(len(index)) < 0.5 if self.cfg.flip else None)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Training (§4): one class at a time, gradients accumulated over the classes of a step.
+
+
+def autocast(cfg):
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+
+def tokens(latents):
+    """[N,D,h,w] -> [C,N,D], the layout of the loss: one drifting problem a token."""
+    return latents.flatten(2).permute(2, 0, 1)
+
+
+def class_gradient(student, positives, c, step, cfg):
+    """Add the gradient of Eq. (10) for one class to the student's; returns what drift_loss says of it.
+
+    All that is random here depends on (seed, step, class) alone: so a resumed run repeats an unbroken one.
+    """
+    rng = np.random.default_rng([cfg.seed, step, c])
+    generator = torch.Generator(cfg.device).manual_seed(int(rng.integers(2**63)))
+    pos = positives(c, rng)                                                 # [P,D,h,w]
+    z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
+    y = torch.full((len(z),), c, device=cfg.device)
+    with autocast(cfg):
+        gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
+        with torch.no_grad():  # modification 3: detached negatives
+            extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
+    loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), cfg.temperatures, perturb=cfg.perturb,
+                            y_softmax=cfg.y_softmax, drift_norm=cfg.drift_norm, generator=generator)
+    (loss.mean() / cfg.n_class).backward()
+    return {"loss": loss.mean().detach(), **info}
+
+
+class Log:
+    """OUT/log.csv, a row a step; a resumed run first drops the rows that it will write again."""
+
+    def __init__(self, path, start):
+        kept = Path(path).read_text().splitlines()[:start + 1] if start else []
+        self.file = open(path, "w", newline="")
+        self.file.writelines(line + "\n" for line in kept)
+        self.writer = None
+
+    def __call__(self, row):
+        if self.writer is None:
+            self.writer = csv.DictWriter(self.file, row, lineterminator="\n")
+            if not row["step"]:
+                self.writer.writeheader()
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def train(student, positives, cfg, state=None):
+    """Distil for cfg.steps steps -> the moving average of the student. state: contents of OUT/state.pt.
+
+    Writes OUT/log.csv and OUT/state.pt. Ctrl-C finishes the step, saves and raises KeyboardInterrupt.
+    """
+    ema = copy.deepcopy(student).requires_grad_(False)
+    opt = torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    start = 0
+    if state:
+        start = state["step"]
+        student.load_state_dict(state["student"])
+        ema.load_state_dict(state["ema"])
+        opt.load_state_dict(state["optimizer"])
+    net = torch.compile(student) if cfg.compile else student
+    log, began, interrupted = Log(Path(cfg.out, "log.csv"), start), time.perf_counter(), []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, before)))
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")
+    for step in bar:
+        lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
+        classes = np.random.default_rng([cfg.seed, step]).choice(student.num_classes, cfg.n_class, replace=False)
+        infos = [class_gradient(net, positives, int(c), step, cfg) for c in classes]
+        norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
+        if not norm.isfinite():  # before the optimizer moves a weight: state.pt stays good
+            raise UserError(f"the loss or its gradient became NaN at step {step}: lower --lr, and go on from the "
+                            f"last save with --resume or start anew")
+        opt.step()
+        opt.zero_grad()
+        with torch.no_grad():
+            for e, p in zip(ema.parameters(), student.parameters()):
+                e.lerp_(p, 1 - ema_decay(step, cfg))
+        row = {k: torch.stack([i[k] for i in infos]).mean().item() for k in infos[0]}
+        speed = (step + 1 - start) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / (time.perf_counter() - began)
+        log({"step": step, "lr": lr, "grad_norm": norm.item(), "images_per_s": speed, **row})
+        bar.set_postfix({"drift": f"{sum(v for k, v in row.items() if k.startswith('drift_')) / len(cfg.temperatures):.3f}",
+                         "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
+        if interrupted or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
+                     "optimizer": opt.state_dict(), "config": dataclasses.asdict(cfg)}
+            write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
+        if interrupted:
+            raise KeyboardInterrupt(f"saved step {step + 1} in {cfg.out}/state.pt: go on with --resume")
+    signal.signal(signal.SIGINT, before)
+    return ema
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sampling and the report.
+
+
+@torch.no_grad()
+def generate(sampler, rae, labels, cfg, name="sample"):
+    """Classes [N] -> (images uint8 [N,H,W,3], seconds spent in sampler and decoder).
+
+    sampler(z, y) -> latents. Sample i starts from noise of its own seed, whatever the batch it is in.
+    """
+    images, seconds, generator = [], 0.0, torch.Generator()
+    for first in tqdm(range(0, len(labels), cfg.batch_size), desc=name, leave=False):
+        y = labels[first:first + cfg.batch_size].to(cfg.device)
+        z = torch.stack([torch.randn(rae.mean.shape, generator=generator.manual_seed((cfg.seed << 32) + first + i))
+                         for i in range(len(y))]).to(cfg.device)
+        began = time.perf_counter()
+        with autocast(cfg):
+            batch = rae.decode(sampler(z, y).float())
+        images.append(to_uint8(batch))
+        seconds += time.perf_counter() - began
+    return torch.cat(images), seconds
+
+
+def sample_command(cfg):
+    """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs."""
+    if not cfg.to:
+        raise UserError("--sample needs --to FILE.npz or --to FOLDER")
+    path = cfg.student or Path(cfg.out, "student.pt")
+    student, rae = load_pair(path, cfg)
+    try:
+        classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(student.num_classes))
+    except ValueError as e:
+        raise UserError(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}") from e
+    if classes.min() < 0 or classes.max() >= student.num_classes:
+        raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {student.num_classes - 1}")
+    labels = classes[torch.arange(cfg.sample) * len(classes) // cfg.sample]
+    images, _ = generate(lambda z, y: one_step(student, z, y), rae, labels, cfg)
+    if cfg.to.endswith(".npz"):
+        Path(cfg.to).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cfg.to, lambda f: np.savez(f, arr_0=images.numpy(), arr_1=labels.numpy()))
+    else:
+        Path(cfg.to).mkdir(parents=True, exist_ok=True)
+        for i, (image, label) in enumerate(zip(images.numpy(), labels.tolist())):
+            write_atomically(Path(cfg.to, f"{i:06d}_class{label}.png"),
+                             lambda f: Image.fromarray(image).save(f, format="png"))
+    print(f"{cfg.sample} images in {cfg.to}")
+
+
+def pixel_metrics(images, labels, real, real_labels):
+    """Fréchet distance, precision, recall, label accuracy and nearest_real of grey pixels in [0,1].
+
+    images, real: uint8 [n,H,W,3]. Label accuracy: how often the nearest real image has the class that
+    was asked for. nearest_real: median distance to it, over the same median among the real images
+    (1 is as new as the data, 0 a copy).
+    """
+    fake, real = (x.double().mean(-1).flatten(1) / 255 for x in (images, real))     # [n,H·W]
+    among_real = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1)
+    distance, nearest = torch.cdist(fake, real).min(1)
+    precision, recall = precision_recall(real, fake)
+    return {"fd": frechet_distance(fake.mean(0).numpy(), fake.T.cov().numpy(), real.mean(0).numpy(), real.T.cov().numpy()),
+            "precision": precision, "recall": recall,
+            "label_accuracy": (real_labels[nearest] == labels).double().mean().item(),
+            "nearest_real": (distance.median() / among_real.median()).item()}
+
+
+def contact_sheet(panels, classes, path):
+    """Panels side by side, each (title, images uint8 [len(classes)·k,H,W,3]): a row of k a class."""
+    scale = max(1, 32 // panels[0][1].shape[1])
+    strips = [x.unflatten(0, (classes, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1) for _, x in panels]
+    strips = [s.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for s in strips]    # [H',W',3]
+    gap, top, (height, width, _) = 12, 18, strips[0].shape
+    sheet = Image.new("RGB", ((width + gap) * len(panels) - gap, height + top), "white")
+    for i, ((title, _), strip) in enumerate(zip(panels, strips)):
+        sheet.paste(Image.fromarray(strip), (i * (width + gap), top))
+        ImageDraw.Draw(sheet).text((i * (width + gap), 3), title, fill="black")
+    write_atomically(path, lambda f: sheet.save(f, format="png"))
+
+
+def report(teacher, student, rae, checkpoint, cfg):
+    """samples.png, and the table of the digits run -> dict for metrics.json.
+
+    real: one random half against the other, and each image against the rest. As many samples as images.
+    """
+    real, labels = checkpoint["images"], checkpoint["labels"]
+    T = cfg.teacher_steps
+    samplers = {"teacher_1step": lambda z, y: one_step(teacher, z, y),
+                f"teacher_{T}step": lambda z, y: ode_sample(teacher, z, y, T, cfg.shift),
+                "student_1step": lambda z, y: one_step(student, z, y)}
+    drawn = {name: generate(sampler, rae, labels, cfg, name) for name, sampler in samplers.items()}
+    recon = to_uint8(rae.decode(rae.encode(to_float(real).to(cfg.device))))
+    a, b = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).chunk(2)
+    metrics = {"real": pixel_metrics(real[a], labels[a], real[b], labels[b]),
+               "reconstruction": pixel_metrics(recon, labels, real, labels)}
+    for name, (images, seconds) in drawn.items():
+        metrics[name] = pixel_metrics(images, labels, real, labels) | {"seconds_per_image": seconds / len(images)}
+    print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
+    for name, m in metrics.items():
+        print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
+              f"{m['nearest_real']:9.3f}{1e3 * m.get('seconds_per_image', math.nan):10.3f}")
+    shown = torch.cat([torch.nonzero(labels == c)[:8, 0] for c in range(10)])
+    contact_sheet([("real", real[shown])] + [(name.replace("_", ", "), images[shown]) for name, (images, _) in drawn.items()],
+                  10, Path(cfg.out, "samples.png"))
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------
+# Command line.
+
+
+def load_pair(path, cfg):
+    """(generator, RAE) of a checkpoint, on the device, or a UserError if they do not belong together."""
+    model, rae = load_teacher(path).to(cfg.device), load_rae(read_checkpoint(path), cfg).to(cfg.device)
+    shape = [model.in_channels, model.input_size, model.input_size]
+    if list(rae.mean.shape) != shape:
+        raise UserError(f"{path} makes latents of shape {shape}, the autoencoder has {list(rae.mean.shape)}: "
+                        "they do not belong together")
+    return model, rae
+
+
+def parse(argv):
+    """Command line -> (Config, the flags that were given). The preset's values stand behind the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (all flags: --help)"))
+    for f in dataclasses.fields(Config):
+        kw = {"default": argparse.SUPPRESS, **f.metadata}
+        if "(default" not in kw["help"]:
+            kw["help"] += f" (default: {f.default})"
+        kw |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kw.get("type", f.type)}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kw)
+    given = vars(parser.parse_args(argv))
+    if "temperatures" in given:
+        given["temperatures"] = tuple(given["temperatures"])
+    return Config(**PRESETS[given.get("preset", "digits")] | given), given
+
+
+def check(cfg):
+    """What is wrong with the numbers, before anything is read or written."""
+    for name in ("steps", "n_class", "n_pos", "n_neg", "save_every", "batch_size", "ema_warmup"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.n_extra_neg < 0 or cfg.sample < 0 or cfg.n_neg + cfg.n_extra_neg < 2:
+        raise UserError("the repulsion needs two samples: --n-neg and --n-extra-neg together at least 2, none negative")
+    if not cfg.temperatures or min(cfg.temperatures) <= 0:
+        raise UserError("--temperatures must be positive")
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {cfg.device}: {str(e).splitlines()[0]}") from e
+
+
+def resume(cfg, given):
+    """(configuration of the run in OUT/state.pt, its state). Only where and how to run may change."""
+    state = read_checkpoint(Path(cfg.out, "state.pt"))
+    if not {"step", "student", "ema", "optimizer", "config"} <= state.keys():
+        raise UserError(f"{cfg.out}/state.pt is no state of a training run: start anew without --resume")
+    free, saved = {"out", "resume", "device", "save_every"}, state["config"]
+    if other := [k for k in given if k not in free and given[k] != saved[k]]:
+        raise UserError(f"--{other[0].replace('_', '-')} was {saved[other[0]]} in the run to be resumed: leave the "
+                        "flag out, or start anew without --resume")
+    return Config(**saved | {k: v for k, v in given.items() if k in free}), state
+
+
+def distil_command(cfg, state):
+    """Teacher (trained first, for the digits), distillation, student.pt, report."""
+    began = time.perf_counter()
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    path = Path(cfg.teacher or Path(cfg.out, "teacher.pt"))
+    if not path.exists() and not cfg.teacher and cfg.preset == "digits":
+        from toy.digits import make_teacher
+        make_teacher(path, cfg.seed)
+    teacher, rae = load_pair(path, cfg)
+    if cfg.n_class > teacher.num_classes:
+        raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
+    checkpoint = read_checkpoint(path)
+    positives = Positives(rae, checkpoint, teacher.num_classes, cfg)
+    start = time.perf_counter()
+    student = train(copy.deepcopy(teacher), positives, cfg, state)
+    seconds = {"distil": time.perf_counter() - start}
+    kept = {k: checkpoint[k] for k in ("rae",) if k in checkpoint} | {"config": dataclasses.asdict(cfg)}
+    write_atomically(Path(cfg.out, "student.pt"), lambda f: torch.save({"ema": student.state_dict(), **kept}, f))
+    if "images" not in checkpoint:
+        return
+    metrics = report(teacher, student, rae, checkpoint, cfg)
+    seconds["total"] = time.perf_counter() - began
+    metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": seconds,
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    print(f"distilled in {seconds['distil']:.0f} s, {seconds['total']:.0f} s in all: "
+          f"{cfg.out}/student.pt, samples.png, metrics.json, log.csv")
+
+
+def main(argv=None):
+    """Exit code: 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
+    try:
+        cfg, given = parse(argv)
+        state = None
+        if cfg.resume:
+            cfg, state = resume(cfg, given)
+        check(cfg)
+        sample_command(cfg) if cfg.sample else distil_command(cfg, state)
+        return 0
+    except KeyboardInterrupt as e:
+        print(f"drift_rae.py: interrupted; {e}", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as e:
+        print(f"drift_rae.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
