@@ -23,7 +23,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from eval_fid import UserError, frechet_distance, precision_recall
+from eval_fid import UserError, frechet_distance, mean_and_covariance, precision_recall
 
 # ----------------------------------------------------------------------------------------------------
 # Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
@@ -200,7 +199,8 @@ class ViT(nn.Module):
         self.grid, self.num_registers = img_size // patch_size, num_registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
-        self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) * 0.02) if num_registers else None
+        if num_registers:
+            self.register_tokens = nn.Parameter(torch.randn(1, num_registers, embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.grid**2, embed_dim) * 0.02)
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # in the released file, of no use here
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), 1e-6, True)
@@ -285,9 +285,9 @@ class RAE(nn.Module):
 
     def __init__(self, encoder, decoder, mean, var, input_size, eps=1e-5):
         super().__init__()
-        self.encoder, self.decoder, self.input_size = encoder, decoder, input_size
+        self.encoder, self.decoder, self.input_size, self.eps = encoder, decoder, input_size, eps
         self.register_buffer("mean", mean)
-        self.register_buffer("std", (var + eps).sqrt())
+        self.register_buffer("var", var)
         self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False).eval()
@@ -297,11 +297,11 @@ class RAE(nn.Module):
         if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
         tokens = self.encoder((images - self.pixel_mean) / self.pixel_std)  # [B,N,D]
-        return (tokens.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / self.std
+        return (tokens.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / (self.var + self.eps).sqrt()
 
     def decode(self, latents):
         """Normalised latents [B,D,h,w] -> images [B,3,H,W] around [0,1], not clamped."""
-        tokens = (latents * self.std + self.mean).flatten(2).mT             # [B,N,D]
+        tokens = (latents * (self.var + self.eps).sqrt() + self.mean).flatten(2).mT    # [B,N,D]
         return self.decoder(tokens) * self.pixel_std + self.pixel_mean
 
 
@@ -435,7 +435,8 @@ class DiTDH(nn.Module):
         rows = [sd[f"blocks.{i}.mlp.w3.weight"].shape[1] for i in (0, len(widths) - 1)]
         ratio = max(math.ceil(1.5 * r) / d for r, d in zip(rows, hidden))
         model = cls(math.isqrt(sd["pos_embed"].shape[1]), sd["s_embedder.proj.weight"].shape[1], hidden,
-                    (depth_enc, len(widths) - depth_enc), heads, len(sd["y_embedder.embedding_table.weight"]) - 1, ratio)
+                    (depth_enc, len(widths) - depth_enc), heads,
+                    len(sd["y_embedder.embedding_table.weight"]) - 1, ratio)
         model.load_state_dict(sd)
         return model
 
@@ -500,7 +501,7 @@ class Config:
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the generator")
     # distillation
-    steps: int = option(500, "optimizer steps")
+    steps: int = option(360, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
     n_pos: int = option(128, "positives: real images a class and step")
     n_neg: int = option(64, "generated samples with gradient a class and step")
@@ -514,8 +515,8 @@ class Config:
     lr: float = option(1e-3, "learning rate at step 0")
     lr_min: float = option(1e-5, "learning rate at the last step; linear in between")
     grad_clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.9995, "decay of the weights' moving average")
-    ema_warmup: int = option(1000, "steps over which that decay rises from 0.5")
+    ema: float = option(0.995, "decay of the weights' moving average")
+    ema_warmup: int = option(100, "steps over which that decay rises from 0.5")
     save_every: int = option(100, "steps between two writes of OUT/state.pt")
     # sampling
     sample: int = option(0, "draw this many class-balanced images from --student, and do nothing else")
@@ -530,7 +531,8 @@ class Config:
 PRESETS = {
     "digits": {},
     "imagenet256": dict(dtype="bf16", steps=10_000, n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, flip=True,
-                        lr=3e-5, lr_min=3e-7, shift=math.sqrt(48), save_every=500, batch_size=64),
+                        lr=3e-5, lr_min=3e-7, ema=0.9995, ema_warmup=1000, shift=math.sqrt(48), save_every=500,
+                        batch_size=64),
 }
 
 
@@ -550,15 +552,13 @@ def ema_decay(step, cfg):
 
 def write_atomically(path, write):
     """write(file) to a temporary neighbour of path, then rename: path is the old file or the new one."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        try:
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
             write(f)
-            f.flush()
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
@@ -578,9 +578,9 @@ def read_checkpoint(path):
 def load_teacher(path):
     """DiT^DH, in eval mode, from our checkpoint, an official one (key `ema`) or a raw state dict."""
     checkpoint = read_checkpoint(path)
-    sd = checkpoint.get("ema", checkpoint)
-    sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
     try:
+        sd = checkpoint.get("ema", checkpoint).items()
+        sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd}
         model = DiTDH.from_state_dict(sd)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path} is not a DiT^DH checkpoint: {' '.join(str(e).split())[:300]}") from e
@@ -759,8 +759,8 @@ def train(student, positives, cfg, state=None):
         row = {k: torch.stack([i[k] for i in infos]).mean().item() for k in infos[0]}
         speed = (step + 1 - start) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / (time.perf_counter() - began)
         log({"step": step, "lr": lr, "grad_norm": norm.item(), "images_per_s": speed, **row})
-        bar.set_postfix({"drift": f"{sum(v for k, v in row.items() if k.startswith('drift_')) / len(cfg.temperatures):.3f}",
-                         "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
+        drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
+        bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
         if interrupted or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
                      "optimizer": opt.state_dict(), "config": dataclasses.asdict(cfg)}
@@ -830,22 +830,22 @@ def pixel_metrics(images, labels, real, real_labels):
     among_real = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1)
     distance, nearest = torch.cdist(fake, real).min(1)
     precision, recall = precision_recall(real, fake)
-    return {"fd": frechet_distance(fake.mean(0).numpy(), fake.T.cov().numpy(), real.mean(0).numpy(), real.T.cov().numpy()),
+    return {"fd": frechet_distance(*mean_and_covariance(fake), *mean_and_covariance(real)),
             "precision": precision, "recall": recall,
             "label_accuracy": (real_labels[nearest] == labels).double().mean().item(),
             "nearest_real": (distance.median() / among_real.median()).item()}
 
 
 def contact_sheet(panels, classes, path):
-    """Panels side by side, each (title, images uint8 [len(classes)·k,H,W,3]): a row of k a class."""
-    scale = max(1, 32 // panels[0][1].shape[1])
-    strips = [x.unflatten(0, (classes, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1) for _, x in panels]
-    strips = [s.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for s in strips]    # [H',W',3]
-    gap, top, (height, width, _) = 12, 18, strips[0].shape
-    sheet = Image.new("RGB", ((width + gap) * len(panels) - gap, height + top), "white")
-    for i, ((title, _), strip) in enumerate(zip(panels, strips)):
-        sheet.paste(Image.fromarray(strip), (i * (width + gap), top))
-        ImageDraw.Draw(sheet).text((i * (width + gap), 3), title, fill="black")
+    """Side by side {title: images uint8 [classes·k,H,W,3]}, a row of k images a class."""
+    sheet = None
+    for i, (title, x) in enumerate(panels.items()):
+        x = x.unflatten(0, (classes, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+        strip = Image.fromarray(x.numpy())
+        strip = strip.resize([s * max(1, 32 // (len(x) // classes)) for s in strip.size], Image.NEAREST)
+        sheet = sheet or Image.new("RGB", ((strip.width + 12) * len(panels) - 12, strip.height + 18), "white")
+        sheet.paste(strip, (i * (strip.width + 12), 18))
+        ImageDraw.Draw(sheet).text((i * (strip.width + 12), 3), title, fill="black")
     write_atomically(path, lambda f: sheet.save(f, format="png"))
 
 
@@ -868,11 +868,12 @@ def report(teacher, student, rae, checkpoint, cfg):
         metrics[name] = pixel_metrics(images, labels, real, labels) | {"seconds_per_image": seconds / len(images)}
     print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
     for name, m in metrics.items():
+        milliseconds = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
         print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
-              f"{m['nearest_real']:9.3f}{1e3 * m.get('seconds_per_image', math.nan):10.3f}")
+              f"{m['nearest_real']:9.3f}{milliseconds}")
     shown = torch.cat([torch.nonzero(labels == c)[:8, 0] for c in range(10)])
-    contact_sheet([("real", real[shown])] + [(name.replace("_", ", "), images[shown]) for name, (images, _) in drawn.items()],
-                  10, Path(cfg.out, "samples.png"))
+    panels = {"real": real} | {name.replace("_", ", "): images for name, (images, _) in drawn.items()}
+    contact_sheet({title: images[shown] for title, images in panels.items()}, 10, Path(cfg.out, "samples.png"))
     return metrics
 
 

@@ -29,14 +29,15 @@ ENCODER = dict(img_size=8, patch_size=4, embed_dim=48, depth=3, num_heads=4, num
 DECODER = dict(latent_dim=48, width=96, depth=2, num_heads=4, mlp_dim=192, patch_size=4, grid=2)
 TEACHER = dict(input_size=2, in_channels=48, hidden_size=(96, 160), depth=(3, 1), num_heads=(4, 4), num_classes=10)
 NOISE = 0.4                 # largest standard deviation of the noise on the decoder's latents in training
-STEPS = (400, 400, 1500)    # of encoder, decoder and teacher
+STEPS = (400, 400, 2400)    # of encoder, decoder and teacher
 
 
 def load_digits():
     """-> images uint8 [1740,8,8,3], black 0 and white 255; labels int64 [1740]."""
     sheet = np.asarray(Image.open(Path(__file__).with_name("digits.png")))          # [80,1392]
     tiles = sheet.reshape(10, 8, 174, 8).transpose(0, 2, 1, 3).reshape(1740, 8, 8, 1)
-    return torch.from_numpy(tiles * 17).expand(-1, -1, -1, 3).contiguous(), torch.arange(10).repeat_interleave(174)
+    images = torch.from_numpy(tiles * 17).expand(-1, -1, -1, 3).contiguous()
+    return images, torch.arange(10).repeat_interleave(174)
 
 
 def fit(params, loss, steps, lr, seed, name, batch=256, n=1740):
@@ -100,10 +101,10 @@ def make_teacher(path, seed=0, steps=STEPS):
             e.lerp_(p, 0.005)
         return flow_matching_loss(teacher, latents[i], labels[i])
 
-    fit(teacher.parameters(), flow, steps[2], 2e-3, seed, "teacher")
+    fit(teacher.parameters(), flow, steps[2], 1.5e-3, seed, "teacher", batch=128)
     checkpoint = {"ema": ema.state_dict(), "images": images, "labels": labels,
                   "rae": {"encoder": rae.encoder.state_dict(), "encoder_args": ENCODER, "mean": rae.mean,
-                          "decoder": rae.decoder.state_dict(), "decoder_args": DECODER, "var": rae.std**2 - 1e-5,
+                          "decoder": rae.decoder.state_dict(), "decoder_args": DECODER, "var": rae.var,
                           "input_size": 8}}
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
@@ -112,6 +113,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder that receives teacher.pt (default: out)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
+                        help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    make_teacher(Path(args.out, "teacher.pt"), args.seed)
+    make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)

@@ -1,0 +1,198 @@
+"""The command line as a user runs it, with tiny sizes; kill and resume; every kind of bad input."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import drift_rae as dr
+from toy.digits import load_digits, make_teacher
+
+SCRIPT = Path(dr.__file__)
+TINY = "--steps 6 --n-class 2 --n-pos 8 --n-neg 4 --n-extra-neg 4 --save-every 2 --teacher-steps 5".split()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher with space ü") / "teacher.pt"
+    make_teacher(path, steps=(30, 30, 30))
+    return path
+
+
+def fails(capsys, *args, saying):
+    """The command ends with code 2 and one sentence on stderr that matches."""
+    capsys.readouterr()
+    assert dr.main([str(a) for a in args]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]  # but for progress bars
+    assert len(err) == 1 and re.search(saying, err[0]), err
+
+
+def weights(path):
+    ck = torch.load(path, weights_only=True)
+    return {f"{part}.{k}": v for part in ("ema", "student") if part in ck for k, v in ck[part].items()}
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def start(*args):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_train_sample_and_repeat(teacher, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert dr.main(["--teacher", str(teacher), "--out", str(out), *TINY]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("teacher_1step", "teacher_5step", "student_1step"):
+        assert {"fd", "precision", "recall", "label_accuracy", "nearest_real", "seconds_per_image"} <= metrics[name].keys()
+    assert metrics["config"]["n_pos"] == 8 and metrics["seed"] == 0
+    log = (out / "log.csv").read_text().splitlines()
+    assert len(log) == 7 and log[0].startswith("step,lr,grad_norm")
+    assert Image.open(out / "samples.png").size[0] > 4 * 8 * 8
+    # the same seed repeats bit for bit, another does not
+    for seed, equal in ((0, True), (1, False)):
+        assert dr.main(["--teacher", str(teacher), "--out", str(tmp_path / "b"), "--seed", str(seed), *TINY]) == 0
+        assert same(out / "student.pt", tmp_path / "b" / "student.pt") == equal
+    # sampling: class-balanced, independent of the batch, of chosen classes, as .npz and as PNGs
+    draw = lambda to, *more: dr.main(["--sample", "23", "--student", str(out / "student.pt"), "--to", str(tmp_path / to), *more])
+    assert draw("a.npz") == draw("b.npz", "--batch-size", "4") == draw("png", "--classes", "1,5,9") == 0
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert a["arr_0"].shape == (23, 8, 8, 3) and a["arr_0"].dtype == np.uint8
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1 and np.ptp(np.bincount(a["arr_1"], minlength=10)) <= 1
+    pngs = sorted((tmp_path / "png").iterdir())
+    assert len(pngs) == 23 and {p.stem[-1] for p in pngs} == set("159") and Image.open(pngs[0]).size == (8, 8)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_kill_and_resume_repeats_an_unbroken_run(teacher, tmp_path, how):
+    steps = ["--teacher", teacher, "--steps", "40", *TINY[2:]]
+    assert dr.main([str(a) for a in ["--out", tmp_path / "whole", *steps]]) == 0
+    process = start("--out", tmp_path / "broken", *steps)
+    while not (tmp_path / "broken" / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, err = process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -how), err
+    reached = torch.load(tmp_path / "broken" / "state.pt", weights_only=True)["step"]
+    assert reached < 40
+    assert dr.main(["--resume", "--out", str(tmp_path / "broken")]) == 0
+    for name in ("state.pt", "student.pt"):
+        assert same(tmp_path / "whole" / name, tmp_path / "broken" / name)
+    rows = [[line.split(",")[:3] for line in (tmp_path / run / "log.csv").read_text().splitlines()]
+            for run in ("whole", "broken")]
+    assert rows[0] == rows[1] and len(rows[0]) == 41
+
+
+def test_resume_keeps_its_configuration(teacher, tmp_path, capsys):
+    assert dr.main(["--teacher", str(teacher), "--out", str(tmp_path), *TINY]) == 0
+    fails(capsys, "--resume", "--out", tmp_path, "--lr", 0.5, saying="--lr was 0.001")
+    fails(capsys, "--resume", "--out", tmp_path / "nowhere", saying="no checkpoint at .*state.pt")
+    fails(capsys, "--resume", "--out", tmp_path, "--student", "x", saying="--student was")
+
+
+def folder_of_images(root, n=9, classes=10):
+    images, _ = load_digits()
+    for c in range(classes):
+        (root / f"{c} ß").mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(images[174 * c + i].numpy()).resize((11, 9)).save(root / f"{c} ß" / f"{i}.png")
+    return root
+
+
+def test_folder_of_images(teacher, tmp_path, capsys):
+    data = folder_of_images(tmp_path / "Bilder mit Umlaut ä")
+    args = ["--teacher", teacher, "--data", data, "--out", tmp_path / "öut", *TINY]
+    assert dr.main([*map(str, args), "--flip"]) == 0
+    fails(capsys, *args, "--n-pos", 10, saying=r"class 0 has 9 images and --n-pos asks for 10")
+    (data / "z").mkdir()
+    fails(capsys, *args, saying="--data .*z")
+    (data / "z" / "a.png").write_bytes((data / "0 ß" / "0.png").read_bytes())
+    fails(capsys, *args, saying="11 classes, the teacher has 10")
+    fails(capsys, *args, "--data", tmp_path / "no", saying="--data .*no")
+
+
+def test_ablations_are_flags(teacher, tmp_path):
+    seen = set()
+    for i, flags in enumerate(([], ["--y-softmax"], ["--no-perturb"], ["--n-extra-neg", "0"], ["--drift-norm", "sample"],
+                               ["--temperatures", "0.1"], ["--dtype", "bf16"])):
+        out = tmp_path / str(i)
+        assert dr.main(["--teacher", str(teacher), "--out", str(out), *TINY, *flags]) == 0
+        seen.add(torch.cat([v.flatten() for v in weights(out / "student.pt").values()]).double().abs().sum().item())
+    assert len(seen) == 7
+
+
+def test_bad_checkpoints(teacher, tmp_path, capsys):
+    bad, out = tmp_path / "bad.pt", ["--out", tmp_path / "o", *TINY]
+    fails(capsys, "--teacher", tmp_path / "no.pt", *out, saying="no checkpoint at .*no.pt")
+    bad.write_bytes(teacher.read_bytes()[:5000])
+    fails(capsys, "--teacher", bad, *out, saying="bad.pt is damaged")
+    bad.write_text("hello")
+    fails(capsys, "--teacher", bad, *out, saying="bad.pt is damaged")
+    torch.save({"weight": torch.zeros(3)}, bad)
+    fails(capsys, "--teacher", bad, *out, saying="not a DiT.DH checkpoint")
+    torch.save([1], bad)
+    fails(capsys, "--teacher", bad, *out, saying="not a state dict")
+    torch.save({"ema": 3}, bad)
+    fails(capsys, "--teacher", bad, *out, saying="not a DiT.DH checkpoint")
+    ck = torch.load(teacher, weights_only=True)
+    ck["ema"]["final_layer.linear.bias"][0] = torch.nan
+    torch.save(ck, bad)
+    fails(capsys, "--teacher", bad, *out, saying="NaN")
+    ck["ema"] = dr.DiTDH(2, 7, (16, 24), (1, 1), (2, 2), 10).state_dict()
+    torch.save(ck, bad)
+    fails(capsys, "--teacher", bad, *out, saying=r"\[7, 2, 2\].*\[48, 2, 2\]")
+    ck = torch.load(teacher, weights_only=True)
+    ck["ema"]["blocks.0.norm1.weight"] = torch.ones(5)
+    torch.save(ck, bad)
+    fails(capsys, "--teacher", bad, *out, saying="not a DiT.DH checkpoint")
+    torch.save({"a": os.system}, bad)  # would have to be unpickled
+    fails(capsys, "--teacher", bad, *out, saying="bad.pt is damaged or no torch checkpoint of plain tensors")
+
+
+def test_bad_flags(teacher, tmp_path, capsys):
+    run = ["--teacher", teacher, "--out", tmp_path]
+    fails(capsys, "--unknown", saying="--unknown")
+    fails(capsys, "--steps", "many", saying="--steps.*many")
+    for flag, value in (("--steps", 0), ("--n-neg", 0), ("--n-extra-neg", -1), ("--temperatures", -0.1), ("--n-class", 11)):
+        fails(capsys, *run, *TINY, flag, value, saying=flag)
+    fails(capsys, *run, *TINY, "--device", "cuda:99", saying="--device cuda:99")
+    fails(capsys, "--sample", 4, "--student", teacher, saying="--to")
+    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "1,12", saying="0 to 9")
+    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "one", saying="1,5,9")
+
+
+def test_nan_stops_the_run_and_keeps_the_last_save(teacher, tmp_path, capsys):
+    fails(capsys, "--teacher", teacher, "--out", tmp_path, *TINY, "--steps", 50, "--lr", 1e30, saying="NaN at step")
+    state = tmp_path / "state.pt"
+    assert not state.exists() or all(v.isfinite().all() for v in weights(state).values())
+
+
+def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(capsys, "--teacher", teacher, "--out", tmp_path / "file" / "out", *TINY, saying="file")
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "ro").mkdir(mode=0o555)
+        fails(capsys, "--teacher", teacher, "--out", tmp_path / "ro", *TINY, saying="ro")
+    fails(capsys, "--teacher", teacher, "--out", "/proc/out", *TINY, saying="/proc/out")
+
+
+def test_files_are_old_or_new_never_half(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    def broken(f):
+        f.write(b"half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        dr.write_atomically(path, broken)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
