@@ -24,6 +24,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,22 +44,27 @@ from eval_fid import UserError, frechet_distance, mean_and_covariance, precision
 def distances(q, y):
     """Euclidean distances of q [C,Q,D] and y [C,K,D] -> [C,Q,K], by one batched matrix product."""
     q2, y2 = (torch.linalg.vector_norm(a, dim=-1).square() for a in (q, y))
-    sq = torch.baddbmm(y2.unsqueeze(1), q, y.mT, alpha=-2)                  # ‖y‖² − 2 q·y
+    sq = torch.baddbmm(y2.unsqueeze(1), q, y.mT, alpha=-2)                  # ‖y‖² − 2 q·y: nothing is [Q,K,D]
     return sq.add_(q2.unsqueeze(2)).clamp_(min=1e-8).sqrt_()
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # ‖x‖² + ‖y‖² − 2 x·y cancels: bf16 would not do
 
 
 def signed_weights(dist, tau, n_neg, self_mask=True, y_softmax=False):
     """Weights w of the field V = Σ w·target: + on positives, − on negatives; each row sums to 0.
 
-    dist [C,1|T,N,K] to n_neg negatives, then the positives; tau [T,1,1] in the same unit -> [C,T,N,K].
+    dist [...,N,K] to n_neg negatives, then the positives; tau in the same unit, broadcast -> [...,N,K].
     Since a row sums to 0, Σ w·(target − x) = Σ w·target: the −x_j of Eq. (5) needs no line of its own.
     """
     logits = dist / -tau
     if self_mask:  # k ≠ j in Eq. (5): the first N negatives are the queries themselves
         logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)
-    if not y_softmax:  # modification 1: over the targets only, Eq. (11)
+    if not y_softmax:  # modification 1, Eq. (11): each softmax over its own targets, as Prop. 1 derives it
         return torch.cat([-logits[..., :n_neg].softmax(-1), logits[..., n_neg:].softmax(-1)], -1)
-    # Deng et al. as released (paper.md §6): geometric mean with the softmax over the generated samples
+    # Deng et al. as released: one softmax over all targets, its geometric mean with the one over the generated
+    # samples, and each sign's weights times the mass of the other sign
     affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp_(min=1e-6).sqrt_()
     neg, pos = affinity[..., :n_neg], affinity[..., n_neg:]
     return torch.cat([-neg * pos.sum(-1, keepdim=True), pos * neg.sum(-1, keepdim=True)], -1)
@@ -68,24 +74,30 @@ def signed_weights(dist, tau, n_neg, self_mask=True, y_softmax=False):
 def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
     """V of Eq. (11) at x + noise, in latent units; single softmax. Carries no gradient.
 
+    The field as the paper writes it, for one temperature (training takes all at once: normalised_drift).
+
     x     [C,N,D]  queries: token c of the N generated samples of one class
     pos   [C,P,D]  the same token of real samples
     neg   [C,M,D]  of generated samples; the first N are x itself, left out of its own sum if self_mask
     noise [C,N,D]  added to the queries, not to the kernel's centres (Eq. 12); latent units
     temperature and scale are scalars: the kernel is exp(−distance / (scale·temperature)).
     """
+    if self_mask and neg.shape[1] < x.shape[1]:
+        raise ValueError(f"drift_field: neg {list(neg.shape)} must begin with the rows of x {list(x.shape)}")
     query, V = x if noise is None else x + noise, []
-    for q, p, n in zip(query.split(8), pos.split(8), neg.split(8)):  # tokens are independent: 8 fit a CPU's cache
-        targets = torch.cat([n, p], 1)                                      # [8,M+P,D]
-        weights = signed_weights(distances(q, targets), scale * temperature, n.shape[1], self_mask)
-        V.append(weights @ targets)                                         # [8,N,D]
+    query, pos, neg = (at_least_float32(t) for t in (query, pos, neg))
+    with torch.autocast(x.device.type, enabled=False):
+        for q, p, n in zip(query.split(8), pos.split(8), neg.split(8)):  # 8 independent tokens fit a CPU's cache
+            targets = torch.cat([n, p], 1)                                  # [8,M+P,D]
+            weights = signed_weights(distances(q, targets), scale * temperature, n.shape[1], self_mask)
+            V.append(weights @ targets)                                     # [8,N,D]
     return torch.cat(V)
 
 
 def perturb(x, tau, generator=None):
     """Eq. (12), x + τ·n: n has a uniform direction and the norm |Laplace(0,1)|, which is Exp(1).
 
-    x [C,N,D]; tau [T,1,1] in latent units -> [C,T,N,D]. One n serves all temperatures.
+    x [C,N,D]; tau [T,1,1] in latent units -> [C,T,N,D]. One n serves all temperatures: our reading.
     """
     n = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     norm = torch.empty_like(n[..., :1]).exponential_(generator=generator)
@@ -98,16 +110,17 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
     (C, N, D), T, n_neg = x.shape, len(temperatures), x.shape[1] + extra_neg.shape[1]
     targets = torch.cat([x, extra_neg, pos], 1)                             # [C,K,D]
     dist = distances(x, targets)                                            # [C,N,K]
-    scale = dist.mean().clamp(min=1e-3)          # S: mean distance, the unit of τ and n (paper.md §6)
+    scale = dist.mean().clamp(min=1e-3)          # S, the unit of τ and n, as in Deng et al.'s code
     tau = scale * torch.tensor(temperatures, device=x.device, dtype=x.dtype).view(T, 1, 1)
     query = x.unsqueeze(1)                                                  # [C,1,N,D]
-    if perturbed:  # modification 2
+    if perturbed:  # modification 2: the query alone, since Prop. 1 differentiates at fixed kernel centres
         query = perturb(x, tau, generator)                                  # [C,T,N,D]
         dist = distances(query.flatten(1, 2), targets)                      # [C,T·N,K]
     weights = signed_weights(dist.unflatten(1, (-1, N)), tau, n_neg, y_softmax=y_softmax)   # [C,T,N,K]
     V = (weights.flatten(1, 2) @ targets).view(C, T, N, D)                  # Eq. (11), all τ at once
     unit = (scale / D**0.5).clamp(min=1e-3)      # Deng et al.: coordinates in which S is √D
-    # Ṽ of Eq. (10): divided by its root mean square over the whole call, or over each sample's token
+    # Ṽ of Eq. (10): divided by its root mean square over the whole call, as in Deng et al.'s code, or over each
+    # sample's token, which is √D times the literal V/‖V‖
     power = (V / unit).square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
     drift = (V / unit / power.clamp(min=1e-8).sqrt()).sum(1)                # [C,N,D]
 
@@ -126,8 +139,11 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
                drift_norm="batch", generator=None):
     """Eq. (10): ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
 
+    A mean over N and D, in units of S/√D, as in Deng et al.'s code: Eq. (10) up to a factor, which AdamW ignores
+    and gradient clipping does not.
+
     gen [C,N,D] with gradient; pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion
-    (modification 3). drift_norm "batch" or "sample": what the field is divided by (paper.md §6).
+    (modification 3). drift_norm "batch" or "sample": what the field is divided by.
     perturb=False, y_softmax=True is the loss that Deng et al. released.
     info, 0-d tensors: scale S; drift_τ, the root mean square of ‖V_τ‖/S; v_pos and v_neg, the mean
     ‖V⁺‖/S and ‖V⁻‖/S; effective_positives and effective_negatives, 1/Σw² for Σw = 1, means over τ.
@@ -139,8 +155,10 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     if drift_norm not in ("batch", "sample"):
         raise ValueError(f"drift_loss: drift_norm must be 'batch' or 'sample', not {drift_norm!r}")
     extra_neg = gen[:, :0] if extra_neg is None else extra_neg
-    with torch.autocast(gen.device.type, enabled=False):  # distances cancel: never below float32
-        gen, pos, extra_neg = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (gen, pos, extra_neg))
+    if gen.shape[1] + extra_neg.shape[1] < 2:
+        raise ValueError("drift_loss: the repulsion needs at least two generated samples")
+    with torch.autocast(gen.device.type, enabled=False):
+        gen, pos, extra_neg = (at_least_float32(t) for t in (gen, pos, extra_neg))
         drift, unit, info = normalised_drift(gen.detach(), pos.detach(), extra_neg.detach(), tuple(temperatures),
                                              perturb, y_softmax, drift_norm, generator)
         goal = gen.detach() / unit + drift
@@ -148,7 +166,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
 
 
 # ----------------------------------------------------------------------------------------------------
-# Representation Autoencoder (paper.md §1, §8): a frozen DINOv2 encoder and a ViT decoder.
+# Representation Autoencoder (§3.1; code bytetriper/RAE): a frozen DINOv2 encoder and a ViT decoder.
 
 
 class Attention(nn.Module):
@@ -192,7 +210,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2 with registers; loads dinov2_vitb14_reg4_pretrain.pth strictly (paper.md §8)."""
+    """DINOv2 with registers; loads dinov2_vitb14_reg4_pretrain.pth strictly."""
 
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, num_registers=4, mlp_ratio=4):
         super().__init__()
@@ -223,7 +241,7 @@ class ViT(nn.Module):
         return x
 
     def forward(self, x):
-        """Normalised images [B,3,H,W] -> patch tokens [B,N,D] after a LayerNorm without affine (§8)."""
+        """Normalised images [B,3,H,W] -> patch tokens [B,N,D] after a LayerNorm without affine."""
         x = self.features(x)[:, 1 + self.num_registers:]
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -295,7 +313,7 @@ class RAE(nn.Module):
     def encode(self, images):
         """Images [B,3,H,W] in [0,1] -> normalised latents [B,D,h,w]."""
         if images.shape[-2:] != (self.input_size, self.input_size):
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")  # no antialias, as released
         tokens = self.encoder((images - self.pixel_mean) / self.pixel_std)  # [B,N,D]
         return (tokens.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / (self.var + self.eps).sqrt()
 
@@ -306,7 +324,7 @@ class RAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# DiT^DH (paper.md §8): a deep narrow transformer conditions, token by token, a shallow wide head.
+# DiT^DH (code bytetriper/RAE): a deep narrow transformer conditions, token by token, a shallow wide head.
 
 
 class RoPE(nn.Module):
@@ -393,7 +411,8 @@ class DiTDH(nn.Module):
         self.t_embedder = TimeEmbedding(enc)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, enc)})
         self.enc_feat_rope, self.dec_feat_rope = (RoPE(d // h, input_size) for d, h in zip(hidden_size, num_heads))
-        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))
+        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio read off a file may miss by 1e-16
+                                   
                                     for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
         self.final_layer = FinalLayer(dec, in_channels)
         for m in self.modules():
@@ -446,7 +465,7 @@ class DiTDH(nn.Module):
 
 
 def time_shift(u, shift):
-    """u in [0,1] -> t; shift > 1 spends more of the time near the noise, as high dimensions need (§8)."""
+    """u in [0,1] -> t; shift > 1 spends more of the time near the noise, as high dimensions need."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -460,7 +479,9 @@ def flow_matching_loss(model, latents, y, shift=1.0, generator=None):
 
 @torch.no_grad()
 def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
-    """The official Euler sampler (§8): `steps` grid points from t = 1, so steps − 1 steps. z [B,D,h,w] -> same.
+    """The official Euler sampler: `steps` grid points u = 1 … 0.001, so steps − 1 steps. z [B,D,h,w] -> same.
+
+    t = s·u/(1 + (s−1)·u); like the official one it stops just short of t = 0.
 
     With cfg_scale ≠ 1, classifier-free guidance where t lies in cfg_interval, ends included.
     """
@@ -497,21 +518,21 @@ class Config:
     out: str = option("out", "folder for checkpoints, samples.png, log.csv and metrics.json")
     resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
     seed: int = option(0, "seed of everything random")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    device: str = option("auto", "torch device; auto is cuda where there is one")
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the generator")
     # distillation
-    steps: int = option(360, "optimizer steps")
+    steps: int = option(380, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
-    n_pos: int = option(128, "positives: real images a class and step")
+    n_pos: int = option(128, "positives: real images a class and step; keep it n_neg + n_extra_neg (Table 7)")
     n_neg: int = option(64, "generated samples with gradient a class and step")
-    n_extra_neg: int = option(64, "generated samples without gradient, in the repulsion only")
+    n_extra_neg: int = option(64, "generated samples without gradient, in the repulsion only (Tables 3 C, 6)")
     temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", type=float, nargs="+")
-    perturb: bool = option(True, "Eq. (12): evaluate the field at perturbed queries")
-    y_softmax: bool = option(False, "Deng et al.'s second softmax, over the generated samples")
+    perturb: bool = option(True, "Eq. (12): evaluate the field at perturbed queries (Tables 3 B, 5)")
+    y_softmax: bool = option(False, "Deng et al.'s second softmax, over the generated samples (Tables 3 A, 5)")
     drift_norm: str = option("batch", "what Ṽ is divided by: RMS of the batch, or of each sample's token",
                              choices=("batch", "sample"))
-    flip: bool = option(False, "flip half of the positives horizontally")
+    flip: bool = option(False, "flip half of the positives horizontally (not digits: a flipped 2 is no 2)")
     lr: float = option(1e-3, "learning rate at step 0")
     lr_min: float = option(1e-5, "learning rate at the last step; linear in between")
     grad_clip: float = option(1.0, "largest norm of the gradient")
@@ -523,12 +544,12 @@ class Config:
     student: str = option("", "checkpoint to sample from (default: OUT/student.pt)")
     to: str = option("", "where samples go: FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or a folder of PNGs")
     classes: str = option("", "classes to sample, as in 1,5,9 (default: all)")
-    batch_size: int = option(256, "images a batch in sampling and encoding")
+    batch_size: int = option(256, "images a batch, in sampling and encoding")
     teacher_steps: int = option(50, "grid points of the teacher's Euler sampler")
     shift: float = option(1.0, "time shift of the teacher's sampler")
 
 
-PRESETS = {
+PRESETS = {  # digits: ours. imagenet256: Table 8; the shift is √(16·16·768/4096), as the teacher was trained
     "digits": {},
     "imagenet256": dict(dtype="bf16", steps=10_000, n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, flip=True,
                         lr=3e-5, lr_min=3e-7, ema=0.9995, ema_warmup=1000, shift=math.sqrt(48), save_every=500,
@@ -561,12 +582,14 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, advice="check the path"):
     """The dict that torch.load(weights_only=True) finds in path; a UserError says what is wrong with it."""
     if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint at {path}: check the path")
+        raise UserError(f"there is no checkpoint at {path}: {advice}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as e:  # torch raises half a dozen kinds here; each means: not a file we can read
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"{path} is damaged or no torch checkpoint of plain tensors: {reason}") from e
@@ -590,23 +613,28 @@ def load_teacher(path):
 
 
 def load_rae(checkpoint, cfg):
-    """The RAE inside our own checkpoint, else the released one under --models (paper.md §8)."""
+    """The RAE inside our own checkpoint, else the released one under --models: ViT-B/14, decoder ViT-XL."""
     if "rae" in checkpoint:
         rae = checkpoint["rae"]
         encoder, decoder = ViT(**rae["encoder_args"]), Decoder(**rae["decoder_args"])
         encoder.load_state_dict(rae["encoder"])
         decoder.load_state_dict(rae["decoder"])
         return RAE(encoder, decoder, rae["mean"], rae["var"], rae["input_size"])
-    root = Path(cfg.models)
-    decoder = read_checkpoint(root / "decoders/dinov2/wReg_base/ViTXL_n08/model.pt")
-    stat = read_checkpoint(root / "stats/dinov2/wReg_base/imagenet1k/stat.pt")
+    advice = f"run hf download nyu-visionx/RAE-collections --local-dir {cfg.models}"
+    decoder = read_checkpoint(Path(cfg.models, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"), advice)
+    stat = read_checkpoint(Path(cfg.models, "stats/dinov2/wReg_base/imagenet1k/stat.pt"), advice)
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"
     encoder = ViT(518, 14, 768, 12, 12)
-    encoder.load_state_dict(read_checkpoint(root / "dinov2_vitb14_reg4_pretrain.pth"))
+    encoder.load_state_dict(read_checkpoint(Path(cfg.models, Path(url).name), f"put {url} there"))
     return RAE(encoder, Decoder.from_official(decoder, num_heads=16), stat["mean"], stat["var"], 224)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Data: real images of one class at a time.
+
+
+def autocast(cfg):
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
 def center_crop(image, size):
@@ -651,14 +679,13 @@ class Positives:
         if labels.max() + 1 != num_classes:
             raise UserError(f"the images have {labels.max() + 1} classes, the teacher has {num_classes}: "
                             "give the data it was trained on")
-        self.members = [np.flatnonzero(labels == c) for c in range(num_classes)]
+        self.labels, self.members = labels, [np.flatnonzero(labels == c) for c in range(num_classes)]
         few = min(range(num_classes), key=lambda c: len(self.members[c]))
         if len(self.members[few]) < cfg.n_pos:
             raise UserError(f"class {few} has {len(self.members[few])} images and --n-pos asks for {cfg.n_pos}: "
                             "add images or lower --n-pos")
         if not cfg.data and not cfg.flip:
-            self.latents = torch.cat([self.encode(np.arange(len(labels))[i:i + cfg.batch_size])
-                                      for i in range(0, len(labels), cfg.batch_size)])
+            self.latents = self.encode(np.arange(len(labels)))
 
     @torch.no_grad()
     def encode(self, index, flip=None):
@@ -666,7 +693,8 @@ class Positives:
         if flip is not None:
             images = torch.where(torch.from_numpy(flip).view(-1, 1, 1, 1), images.flip(-1), images)
         with autocast(self.cfg):
-            return self.rae.encode(images.to(self.cfg.device)).float()
+            return torch.cat([self.rae.encode(batch.to(self.cfg.device)).float()
+                              for batch in images.split(self.cfg.batch_size)])
 
     def __call__(self, c, rng):
         index = rng.choice(self.members[c], self.cfg.n_pos, replace=False)
@@ -677,10 +705,6 @@ class Positives:
 
 # ----------------------------------------------------------------------------------------------------
 # Training (§4): one class at a time, gradients accumulated over the classes of a step.
-
-
-def autocast(cfg):
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.dtype == "bf16")
 
 
 def tokens(latents):
@@ -708,67 +732,87 @@ def class_gradient(student, positives, c, step, cfg):
     return {"loss": loss.mean().detach(), **info}
 
 
+def gradient(student, positives, step, cfg):
+    """The clipped gradient of one step; returns what is logged: (means over the classes, norm before clipping)."""
+    classes = np.random.default_rng([cfg.seed, step]).choice(len(positives.members), cfg.n_class, replace=False)
+    infos = [class_gradient(student, positives, int(c), step, cfg) for c in classes]
+    norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).item()  # Table 8: 1.0
+    if not math.isfinite(norm):  # before the optimizer moves a weight: state.pt stays good
+        raise UserError(f"the loss or its gradient became NaN at step {step}: start anew with a lower --lr, or look at "
+                        "the images and the teacher; the last save in --out is from before")
+    return {k: torch.stack([i[k] for i in infos]).mean().item() for k in infos[0]}, norm
+
+
 class Log:
     """OUT/log.csv, a row a step; a resumed run first drops the rows that it will write again."""
 
     def __init__(self, path, start):
-        kept = Path(path).read_text().splitlines()[:start + 1] if start else []
-        self.file = open(path, "w", newline="")
-        self.file.writelines(line + "\n" for line in kept)
-        self.writer = None
+        self.kept = path.read_text().splitlines()[:start + 1] if start and path.exists() else []
+        self.file, self.writer = open(path, "w", newline=""), None
+        self.file.writelines(line + "\n" for line in self.kept)
+        self.file.flush()
 
     def __call__(self, row):
         if self.writer is None:
             self.writer = csv.DictWriter(self.file, row, lineterminator="\n")
-            if not row["step"]:
+            if not self.kept:
                 self.writer.writeheader()
         self.writer.writerow(row)
         self.file.flush()
 
 
-def train(student, positives, cfg, state=None):
-    """Distil for cfg.steps steps -> the moving average of the student. state: contents of OUT/state.pt.
+@contextmanager
+def stop_after_step():
+    """Yields a list that Ctrl-C fills, so that the step can be finished; a second Ctrl-C acts at once."""
+    stop = []
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, before)))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    Writes OUT/log.csv and OUT/state.pt. Ctrl-C finishes the step, saves and raises KeyboardInterrupt.
+
+def train(student, positives, cfg, state=None):
+    """Distil for cfg.steps steps -> (moving average of the student, seconds). state: contents of OUT/state.pt.
+
+    Writes OUT/log.csv and OUT/state.pt. Ctrl-C finishes the step, saves and raises KeyboardInterrupt. The student
+    comes and stays in eval mode: its labels are never dropped.
     """
     ema = copy.deepcopy(student).requires_grad_(False)
-    opt = torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    start = 0
+    opt = torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)      # Table 8
+    start, seconds = 0, 0.0
     if state:
-        start = state["step"]
-        student.load_state_dict(state["student"])
-        ema.load_state_dict(state["ema"])
-        opt.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+        try:
+            student.load_state_dict(state["student"])
+            ema.load_state_dict(state["ema"])
+            opt.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise UserError(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with") from e
     net = torch.compile(student) if cfg.compile else student
-    log, began, interrupted = Log(Path(cfg.out, "log.csv"), start), time.perf_counter(), []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, before)))
+    log, began = Log(Path(cfg.out, "log.csv"), start), time.perf_counter() - seconds
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")
-    for step in bar:
-        lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
-        classes = np.random.default_rng([cfg.seed, step]).choice(student.num_classes, cfg.n_class, replace=False)
-        infos = [class_gradient(net, positives, int(c), step, cfg) for c in classes]
-        norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        if not norm.isfinite():  # before the optimizer moves a weight: state.pt stays good
-            raise UserError(f"the loss or its gradient became NaN at step {step}: lower --lr, and go on from the "
-                            f"last save with --resume or start anew")
-        opt.step()
-        opt.zero_grad()
-        with torch.no_grad():
-            for e, p in zip(ema.parameters(), student.parameters()):
-                e.lerp_(p, 1 - ema_decay(step, cfg))
-        row = {k: torch.stack([i[k] for i in infos]).mean().item() for k in infos[0]}
-        speed = (step + 1 - start) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / (time.perf_counter() - began)
-        log({"step": step, "lr": lr, "grad_norm": norm.item(), "images_per_s": speed, **row})
-        drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
-        bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
-        if interrupted or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
-                     "optimizer": opt.state_dict(), "config": dataclasses.asdict(cfg)}
-            write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
-        if interrupted:
-            raise KeyboardInterrupt(f"saved step {step + 1} in {cfg.out}/state.pt: go on with --resume")
-    signal.signal(signal.SIGINT, before)
-    return ema
+    with stop_after_step() as stop:
+        for step in bar:
+            opt.param_groups[0]["lr"] = learning_rate(step, cfg)
+            row, norm = gradient(net, positives, step, cfg)
+            opt.step()
+            opt.zero_grad()
+            with torch.no_grad():
+                for e, p in zip(ema.parameters(), student.parameters()):
+                    e.lerp_(p, 1 - ema_decay(step, cfg))
+            seconds = time.perf_counter() - began
+            speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
+            log({"step": step, "lr": learning_rate(step, cfg), "grad_norm": norm, "images_per_s": speed, **row})
+            drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
+            bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
+            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg)}
+                write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
+            if stop:
+                raise KeyboardInterrupt(f"step {step + 1} is saved in {cfg.out}/state.pt, go on with --resume")
+    return ema, seconds
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -796,25 +840,24 @@ def generate(sampler, rae, labels, cfg, name="sample"):
 
 def sample_command(cfg):
     """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs."""
-    if not cfg.to:
-        raise UserError("--sample needs --to FILE.npz or --to FOLDER")
-    path = cfg.student or Path(cfg.out, "student.pt")
-    student, rae = load_pair(path, cfg)
+    to = Path(cfg.to)
+    if to.is_dir() and any(to.iterdir()):
+        raise UserError(f"--to {to} is a folder with files in it: name a new one, so that old images are not mixed in")
+    (to.parent if to.suffix == ".npz" else to).mkdir(parents=True, exist_ok=True)   # before the work, not after
+    student, rae, _ = load_pair(cfg.student or Path(cfg.out, "student.pt"), cfg)
     try:
         classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(student.num_classes))
     except ValueError as e:
         raise UserError(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}") from e
     if classes.min() < 0 or classes.max() >= student.num_classes:
         raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {student.num_classes - 1}")
-    labels = classes[torch.arange(cfg.sample) * len(classes) // cfg.sample]
+    labels = classes[torch.arange(cfg.sample) % len(classes)]  # §4: as many of each class
     images, _ = generate(lambda z, y: one_step(student, z, y), rae, labels, cfg)
-    if cfg.to.endswith(".npz"):
-        Path(cfg.to).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cfg.to, lambda f: np.savez(f, arr_0=images.numpy(), arr_1=labels.numpy()))
+    if to.suffix == ".npz":
+        write_atomically(to, lambda f: np.savez(f, arr_0=images.numpy(), arr_1=labels.numpy()))
     else:
-        Path(cfg.to).mkdir(parents=True, exist_ok=True)
         for i, (image, label) in enumerate(zip(images.numpy(), labels.tolist())):
-            write_atomically(Path(cfg.to, f"{i:06d}_class{label}.png"),
+            write_atomically(Path(to, f"{i:06d}_class{label}.png"),
                              lambda f: Image.fromarray(image).save(f, format="png"))
     print(f"{cfg.sample} images in {cfg.to}")
 
@@ -836,44 +879,52 @@ def pixel_metrics(images, labels, real, real_labels):
             "nearest_real": (distance.median() / among_real.median()).item()}
 
 
-def contact_sheet(panels, classes, path):
-    """Side by side {title: images uint8 [classes·k,H,W,3]}, a row of k images a class."""
+def contact_sheet(panels, rows, path):
+    """Side by side {title: images uint8 [rows·k,H,W,3]}, a row of k images a class."""
     sheet = None
     for i, (title, x) in enumerate(panels.items()):
-        x = x.unflatten(0, (classes, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+        x = x.unflatten(0, (rows, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
         strip = Image.fromarray(x.numpy())
-        strip = strip.resize([s * max(1, 32 // (len(x) // classes)) for s in strip.size], Image.NEAREST)
+        strip = strip.resize([s * max(1, 32 // (len(x) // rows)) for s in strip.size], Image.NEAREST)
         sheet = sheet or Image.new("RGB", ((strip.width + 12) * len(panels) - 12, strip.height + 18), "white")
         sheet.paste(strip, (i * (strip.width + 12), 18))
         ImageDraw.Draw(sheet).text((i * (strip.width + 12), 3), title, fill="black")
     write_atomically(path, lambda f: sheet.save(f, format="png"))
 
 
-def report(teacher, student, rae, checkpoint, cfg):
-    """samples.png, and the table of the digits run -> dict for metrics.json.
+def report(teacher, student, rae, positives, cfg):
+    """samples.png; for the digits also the table, of as many samples as there are real images -> metrics.json.
 
-    real: one random half against the other, and each image against the rest. As many samples as images.
+    The row "real": a random half against the other one.
     """
-    real, labels = checkpoint["images"], checkpoint["labels"]
-    T = cfg.teacher_steps
+    k = min(8, *map(len, positives.members))
+    shown = np.concatenate([members[:k] for members in positives.members[:10]])
+    index = shown if cfg.data else np.arange(len(positives.labels))
+    real, labels = positives.images(index), torch.from_numpy(positives.labels[index])
     samplers = {"teacher_1step": lambda z, y: one_step(teacher, z, y),
-                f"teacher_{T}step": lambda z, y: ode_sample(teacher, z, y, T, cfg.shift),
+                f"teacher_{cfg.teacher_steps}step": lambda z, y: ode_sample(teacher, z, y, cfg.teacher_steps, cfg.shift),
                 "student_1step": lambda z, y: one_step(student, z, y)}
-    drawn = {name: generate(sampler, rae, labels, cfg, name) for name, sampler in samplers.items()}
-    recon = to_uint8(rae.decode(rae.encode(to_float(real).to(cfg.device))))
+    panels, metrics = {"real": real}, {}
+    generate(samplers["teacher_1step"], rae, labels[:cfg.batch_size], cfg, "warm-up")  # else the first pays for it
+    for name, sampler in samplers.items():
+        panels[name], seconds = generate(sampler, rae, labels, cfg, name)
+        metrics[name] = {"seconds_per_image": seconds / len(labels)}
+    pick = torch.from_numpy(np.isin(index, shown))
+    contact_sheet({name.replace("_", ", "): x[pick] for name, x in panels.items()},
+                  min(10, len(positives.members)), Path(cfg.out, "samples.png"))
+    if cfg.data:
+        return metrics
+    for name in samplers:
+        metrics[name] |= pixel_metrics(panels[name], labels, real, labels)
     a, b = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).chunk(2)
-    metrics = {"real": pixel_metrics(real[a], labels[a], real[b], labels[b]),
-               "reconstruction": pixel_metrics(recon, labels, real, labels)}
-    for name, (images, seconds) in drawn.items():
-        metrics[name] = pixel_metrics(images, labels, real, labels) | {"seconds_per_image": seconds / len(images)}
+    metrics["real"] = pixel_metrics(real[a], labels[a], real[b], labels[b])
+    recon = to_uint8(rae.decode(rae.encode(to_float(real).to(cfg.device))))
+    metrics["reconstruction"] = pixel_metrics(recon, labels, real, labels)
     print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
-    for name, m in metrics.items():
-        milliseconds = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
+    for name in ("real", "reconstruction", *samplers):
+        m = metrics[name]
         print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
-              f"{m['nearest_real']:9.3f}{milliseconds}")
-    shown = torch.cat([torch.nonzero(labels == c)[:8, 0] for c in range(10)])
-    panels = {"real": real} | {name.replace("_", ", "): images for name, (images, _) in drawn.items()}
-    contact_sheet({title: images[shown] for title, images in panels.items()}, 10, Path(cfg.out, "samples.png"))
+              f"{m['nearest_real']:9.3f}" + (f"{1e3 * m['seconds_per_image']:10.3f}" if name in samplers else ""))
     return metrics
 
 
@@ -882,19 +933,28 @@ def report(teacher, student, rae, checkpoint, cfg):
 
 
 def load_pair(path, cfg):
-    """(generator, RAE) of a checkpoint, on the device, or a UserError if they do not belong together."""
-    model, rae = load_teacher(path).to(cfg.device), load_rae(read_checkpoint(path), cfg).to(cfg.device)
+    """(generator, RAE, checkpoint), on the device, or a UserError if they do not belong together."""
+    model, checkpoint = load_teacher(path).to(cfg.device), read_checkpoint(path)
+    try:
+        rae = load_rae(checkpoint, cfg).to(cfg.device)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        where = path if "rae" in checkpoint else f"--models {cfg.models}"
+        raise UserError(f"the autoencoder of {where} does not load: {' '.join(str(e).split())[:300]}") from e
     shape = [model.in_channels, model.input_size, model.input_size]
     if list(rae.mean.shape) != shape:
         raise UserError(f"{path} makes latents of shape {shape}, the autoencoder has {list(rae.mean.shape)}: "
                         "they do not belong together")
-    return model, rae
+    return model, rae, checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (all flags: --help)")
 
 
 def parse(argv):
     """Command line -> (Config, the flags that were given). The preset's values stand behind the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (all flags: --help)"))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kw = {"default": argparse.SUPPRESS, **f.metadata}
         if "(default" not in kw["help"]:
@@ -904,18 +964,31 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     if "temperatures" in given:
         given["temperatures"] = tuple(given["temperatures"])
-    return Config(**PRESETS[given.get("preset", "digits")] | given), given
+    cfg = Config(**PRESETS[given.get("preset", "digits")] | given)
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return cfg, given
 
 
 def check(cfg):
-    """What is wrong with the numbers, before anything is read or written."""
-    for name in ("steps", "n_class", "n_pos", "n_neg", "save_every", "batch_size", "ema_warmup"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.n_extra_neg < 0 or cfg.sample < 0 or cfg.n_neg + cfg.n_extra_neg < 2:
-        raise UserError("the repulsion needs two samples: --n-neg and --n-extra-neg together at least 2, none negative")
-    if not cfg.temperatures or min(cfg.temperatures) <= 0:
+    """What is wrong with the flags, before anything is read or written."""
+    least = dict.fromkeys(("steps", "n_class", "n_pos", "n_neg", "save_every", "batch_size", "ema_warmup"), 1)
+    for name, low in (least | {"n_extra_neg": 0, "sample": 0, "seed": 0, "teacher_steps": 2}).items():
+        if not low <= getattr(cfg, name) < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(cfg, name)}")
+    for name in ("lr", "grad_clip", "shift"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    if not 0.5 <= cfg.ema < 1:
+        raise UserError(f"--ema must be at least 0.5 and below 1, not {cfg.ema}")
+    if cfg.n_neg + cfg.n_extra_neg < 2:
+        raise UserError("the repulsion needs two samples: raise --n-neg or --n-extra-neg")
+    if min(cfg.temperatures) <= 0:
         raise UserError("--temperatures must be positive")
+    if bool(cfg.sample) != bool(cfg.to) or (cfg.classes or cfg.student) and not cfg.sample:
+        raise UserError("sampling takes --sample N and --to FILE.npz or --to FOLDER; --student and --classes go with them")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("several processes (torchrun) are not supported yet: start one process")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError) as e:
@@ -927,7 +1000,9 @@ def resume(cfg, given):
     state = read_checkpoint(Path(cfg.out, "state.pt"))
     if not {"step", "student", "ema", "optimizer", "config"} <= state.keys():
         raise UserError(f"{cfg.out}/state.pt is no state of a training run: start anew without --resume")
-    free, saved = {"out", "resume", "device", "save_every"}, state["config"]
+    free, saved = {"out", "resume", "device", "save_every", "teacher", "data", "models", "batch_size"}, state["config"]
+    if saved.keys() != dataclasses.asdict(cfg).keys():
+        raise UserError(f"{cfg.out}/state.pt is of another version of this script: finish it with that one, or start anew")
     if other := [k for k in given if k not in free and given[k] != saved[k]]:
         raise UserError(f"--{other[0].replace('_', '-')} was {saved[other[0]]} in the run to be resumed: leave the "
                         "flag out, or start anew without --resume")
@@ -938,26 +1013,31 @@ def distil_command(cfg, state):
     """Teacher (trained first, for the digits), distillation, student.pt, report."""
     began = time.perf_counter()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    path = Path(cfg.teacher or Path(cfg.out, "teacher.pt"))
-    if not path.exists() and not cfg.teacher and cfg.preset == "digits":
+    path, saved, student = Path(cfg.teacher or Path(cfg.out, "teacher.pt")), *(Path(cfg.out, f) for f in (
+        "state.pt", "student.pt"))
+    if not state and saved.exists() and not (student.exists() and student.stat().st_mtime >= saved.stat().st_mtime):
+        raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
+    if not cfg.teacher and cfg.preset != "digits":
+        raise UserError("name the teacher's checkpoint with --teacher FILE")
+    if not cfg.teacher and not path.exists():
         from toy.digits import make_teacher
         make_teacher(path, cfg.seed)
-    teacher, rae = load_pair(path, cfg)
+    print(f"teacher: {path}")
+    teacher, rae, checkpoint = load_pair(path, cfg)
+    if "rae" not in checkpoint and cfg.preset == "digits":
+        print("this is an official teacher and the hyperparameters are the digits': --preset imagenet256 is Table 8")
     if cfg.n_class > teacher.num_classes:
         raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
-    checkpoint = read_checkpoint(path)
     positives = Positives(rae, checkpoint, teacher.num_classes, cfg)
-    start = time.perf_counter()
-    student = train(copy.deepcopy(teacher), positives, cfg, state)
-    seconds = {"distil": time.perf_counter() - start}
-    kept = {k: checkpoint[k] for k in ("rae",) if k in checkpoint} | {"config": dataclasses.asdict(cfg)}
-    write_atomically(Path(cfg.out, "student.pt"), lambda f: torch.save({"ema": student.state_dict(), **kept}, f))
-    if "images" not in checkpoint:
-        return
-    metrics = report(teacher, student, rae, checkpoint, cfg)
+    ema, distilled = train(copy.deepcopy(teacher), positives, cfg, state)
+    parts = {"ema": ema.state_dict(), "config": dataclasses.asdict(cfg)}
+    parts |= {"rae": checkpoint["rae"]} if "rae" in checkpoint else {}
+    write_atomically(student, lambda f: torch.save(parts, f))
+    metrics = report(teacher, ema, rae, positives, cfg)
+    seconds = {"distil": distilled}
     seconds["total"] = time.perf_counter() - began
     metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": seconds,
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     print(f"distilled in {seconds['distil']:.0f} s, {seconds['total']:.0f} s in all: "
@@ -975,7 +1055,7 @@ def main(argv=None):
         sample_command(cfg) if cfg.sample else distil_command(cfg, state)
         return 0
     except KeyboardInterrupt as e:
-        print(f"drift_rae.py: interrupted; {e}", file=sys.stderr)
+        print(f"drift_rae.py: interrupted{', ' * bool(str(e))}{e}", file=sys.stderr)
         return 130
     except (UserError, OSError) as e:
         print(f"drift_rae.py: {e}", file=sys.stderr)

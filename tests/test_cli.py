@@ -31,7 +31,7 @@ def fails(capsys, *args, saying):
     """The command ends with code 2 and one sentence on stderr that matches."""
     capsys.readouterr()
     assert dr.main([str(a) for a in args]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]  # but for progress bars
+    err = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # but for progress bars
     assert len(err) == 1 and re.search(saying, err[0]), err
 
 
@@ -98,7 +98,12 @@ def test_resume_keeps_its_configuration(teacher, tmp_path, capsys):
     assert dr.main(["--teacher", str(teacher), "--out", str(tmp_path), *TINY]) == 0
     fails(capsys, "--resume", "--out", tmp_path, "--lr", 0.5, saying="--lr was 0.001")
     fails(capsys, "--resume", "--out", tmp_path / "nowhere", saying="no checkpoint at .*state.pt")
-    fails(capsys, "--resume", "--out", tmp_path, "--student", "x", saying="--student was")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["config"]["shift"]
+    torch.save(state, tmp_path / "state.pt")
+    fails(capsys, "--resume", "--out", tmp_path, saying="another version")
+    torch.save({}, tmp_path / "state.pt")
+    fails(capsys, "--resume", "--out", tmp_path, saying="no state of a training run")
 
 
 def folder_of_images(root, n=9, classes=10):
@@ -156,6 +161,13 @@ def test_bad_checkpoints(teacher, tmp_path, capsys):
     ck["ema"]["blocks.0.norm1.weight"] = torch.ones(5)
     torch.save(ck, bad)
     fails(capsys, "--teacher", bad, *out, saying="not a DiT.DH checkpoint")
+    ck = torch.load(teacher, weights_only=True)
+    del ck["rae"]["decoder"]["norm.weight"]
+    torch.save(ck, bad)
+    fails(capsys, "--teacher", bad, *out, saying="the autoencoder of .*norm.weight")
+    del ck["rae"]  # an official one, whose autoencoder is elsewhere
+    torch.save(ck, bad)
+    fails(capsys, "--teacher", bad, *out, "--models", tmp_path, saying="no checkpoint at .*model.pt: run hf download")
     torch.save({"a": os.system}, bad)  # would have to be unpickled
     fails(capsys, "--teacher", bad, *out, saying="bad.pt is damaged or no torch checkpoint of plain tensors")
 
@@ -168,8 +180,24 @@ def test_bad_flags(teacher, tmp_path, capsys):
         fails(capsys, *run, *TINY, flag, value, saying=flag)
     fails(capsys, *run, *TINY, "--device", "cuda:99", saying="--device cuda:99")
     fails(capsys, "--sample", 4, "--student", teacher, saying="--to")
+    fails(capsys, "--to", tmp_path / "a.npz", saying="--sample")
+    for flag, value in (("--lr", "nan"), ("--grad-clip", 0), ("--ema", 1), ("--seed", -1), ("--teacher-steps", 1)):
+        fails(capsys, *run, *TINY, flag, value, saying=flag)
+    fails(capsys, "--preset", "imagenet256", "--out", tmp_path, saying="--teacher FILE")
     fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "1,12", saying="0 to 9")
     fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "one", saying="1,5,9")
+
+
+def test_what_is_there_is_not_overwritten(teacher, tmp_path, capsys, monkeypatch):
+    run = ["--teacher", teacher, "--out", tmp_path, *TINY]
+    assert dr.main([*map(str, run)]) == dr.main([*map(str, run)]) == 0      # a finished run may be done again
+    (tmp_path / "student.pt").unlink()
+    fails(capsys, *run, saying="unfinished run.*--resume")
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "old.png").write_text("")
+    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "png", saying="folder with files in it")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(capsys, *run, saying="not supported yet")
 
 
 def test_nan_stops_the_run_and_keeps_the_last_save(teacher, tmp_path, capsys):

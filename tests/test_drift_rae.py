@@ -166,6 +166,10 @@ def test_perturbation_is_laplace_in_norm_and_uniform_in_direction():
 def test_loss_refuses_shapes_that_do_not_belong_together():
     with pytest.raises(ValueError, match="pos"):
         dr.drift_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match="two generated"):
+        dr.drift_loss(torch.zeros(2, 1, 4), torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="begin with the rows of x"):
+        dr.drift_field(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), 0.1, 1.0)
     with pytest.raises(ValueError, match="drift_norm"):
         dr.drift_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), drift_norm="no")
 
@@ -176,7 +180,9 @@ def test_field_stays_in_float32_under_autocast():
     plain, _ = dr.drift_loss(gen, pos, perturb=False)
     with torch.autocast("cpu", torch.bfloat16):
         cast, _ = dr.drift_loss(gen, pos, perturb=False)
+        field = dr.drift_field(gen.bfloat16(), pos, gen.bfloat16(), 0.1, 5.0)
     assert torch.equal(plain, cast)
+    assert torch.equal(field, dr.drift_field(gen.bfloat16().float(), pos, gen.bfloat16().float(), 0.1, 5.0))
 
 
 # ------------------------------------------------------------------------------------- networks and sampler

@@ -29,7 +29,7 @@ ENCODER = dict(img_size=8, patch_size=4, embed_dim=48, depth=3, num_heads=4, num
 DECODER = dict(latent_dim=48, width=96, depth=2, num_heads=4, mlp_dim=192, patch_size=4, grid=2)
 TEACHER = dict(input_size=2, in_channels=48, hidden_size=(96, 160), depth=(3, 1), num_heads=(4, 4), num_classes=10)
 NOISE = 0.4                 # largest standard deviation of the noise on the decoder's latents in training
-STEPS = (400, 400, 2400)    # of encoder, decoder and teacher
+STEPS = (400, 400, 3000)    # of encoder, decoder and teacher
 
 
 def load_digits():
@@ -70,15 +70,16 @@ def make_rae(images, labels, seed, steps):
     encoder.requires_grad_(True)
     fit([*encoder.parameters(), *classify.parameters(), *reconstruct.parameters()], features, steps[0], 2e-3, seed,
         "encoder")
-    encoder.requires_grad_(False)
-    latents = rae.encode(images)
+    with torch.no_grad():
+        latents = rae.encode(images)
     rae = RAE(encoder, decoder, latents.mean(0), latents.var(0), input_size=8)
     latents = rae.encode(images)
 
     def reconstruction(i):
         # as in RAE, noisy latents: the decoder must mend what a generator gets slightly wrong
         noisy = latents[i] + NOISE * torch.rand(len(i), 1, 1, 1) * torch.randn_like(latents[i])
-        # the pixels are black or white, so a Bernoulli likelihood; 4·(x − 1/2): certain where x leaves [0,1]
+        # the pixels are black or white, so a Bernoulli likelihood; the logit 4·(x − 1/2) lets x run past 0 and 1,
+        # where clamping makes it sharp
         return F.binary_cross_entropy_with_logits(4 * (rae.decode(noisy) - 0.5), images[i])
 
     decoder.requires_grad_(True)
@@ -97,9 +98,10 @@ def make_teacher(path, seed=0, steps=STEPS):
     ema = copy.deepcopy(teacher).requires_grad_(False)
 
     def flow(i):
-        for e, p in zip(ema.parameters(), teacher.parameters()):
-            e.lerp_(p, 0.005)
-        return flow_matching_loss(teacher, latents[i], labels[i])
+        with torch.no_grad():
+            for e, p in zip(ema.parameters(), teacher.parameters()):
+                e.lerp_(p, 0.005)
+        return flow_matching_loss(teacher, latents[i], labels[i])           # Eq. (1)-(4)
 
     fit(teacher.parameters(), flow, steps[2], 1.5e-3, seed, "teacher", batch=128)
     checkpoint = {"ema": ema.state_dict(), "images": images, "labels": labels,
@@ -116,5 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
                         help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
     args = parser.parse_args()
+    if min(args.steps) < 2:
+        parser.error("--steps: each at least 2")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)
