@@ -52,17 +52,16 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))  # ‖x‖² + ‖y‖² − 2 x·y cancels: bf16 would not do
 
 
-def signed_weights(dist, tau, n_neg, self_mask=True, y_softmax=False):
+def signed_weights(logits, n_neg, self_mask=True, y_softmax=False):
     """Weights w of the field V = Σ w·target: + on positives, − on negatives; each row sums to 0.
 
-    dist [...,N,K] to n_neg negatives, then the positives; tau in the same unit, broadcast -> [...,N,K].
+    logits [...,N,K]: −distance/τ to n_neg negatives, then to the positives; overwritten if self_mask.
     Since a row sums to 0, Σ w·(target − x) = Σ w·target: the −x_j of Eq. (5) needs no line of its own.
     """
-    logits = dist / -tau
     if self_mask:  # k ≠ j in Eq. (5): the first N negatives are the queries themselves
         logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)
     if not y_softmax:  # modification 1, Eq. (11): each softmax over its own targets, as Prop. 1 derives it
-        return torch.cat([-logits[..., :n_neg].softmax(-1), logits[..., n_neg:].softmax(-1)], -1)
+        return torch.cat([logits[..., :n_neg].softmax(-1).neg_(), logits[..., n_neg:].softmax(-1)], -1)
     # Deng et al. as released: one softmax over all targets, its geometric mean with the one over the generated
     # samples, and each sign's weights times the mass of the other sign
     affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp_(min=1e-6).sqrt_()
@@ -84,14 +83,14 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
     """
     if self_mask and neg.shape[1] < x.shape[1]:
         raise ValueError(f"drift_field: neg {list(neg.shape)} must begin with the rows of x {list(x.shape)}")
-    query, V = x if noise is None else x + noise, []
-    query, pos, neg = (at_least_float32(t) for t in (query, pos, neg))
+    x, pos, neg = (at_least_float32(t) for t in (x if noise is None else x + noise, pos, neg))
+    V = torch.empty_like(x)                                                 # [C,N,D]
     with torch.autocast(x.device.type, enabled=False):
-        for q, p, n in zip(query.split(8), pos.split(8), neg.split(8)):  # 8 independent tokens fit a CPU's cache
+        for q, p, n, v in zip(*(t.split(8) for t in (x, pos, neg, V))):  # 8 independent tokens fit a CPU's cache
             targets = torch.cat([n, p], 1)                                  # [8,M+P,D]
-            weights = signed_weights(distances(q, targets), scale * temperature, n.shape[1], self_mask)
-            V.append(weights @ targets)                                     # [8,N,D]
-    return torch.cat(V)
+            logits = distances(q, targets).div_(-scale * temperature)       # [8,N,M+P]
+            torch.bmm(signed_weights(logits, n.shape[1], self_mask), targets, out=v)
+    return V
 
 
 def perturb(x, tau, generator=None):
@@ -116,7 +115,7 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
     if perturbed:  # modification 2: the query alone, since Prop. 1 differentiates at fixed kernel centres
         query = perturb(x, tau, generator)                                  # [C,T,N,D]
         dist = distances(query.flatten(1, 2), targets)                      # [C,T·N,K]
-    weights = signed_weights(dist.unflatten(1, (-1, N)), tau, n_neg, y_softmax=y_softmax)   # [C,T,N,K]
+    weights = signed_weights(dist.unflatten(1, (-1, N)) / -tau, n_neg, y_softmax=y_softmax)     # [C,T,N,K]
     V = (weights.flatten(1, 2) @ targets).view(C, T, N, D)                  # Eq. (11), all τ at once
     unit = (scale / D**0.5).clamp(min=1e-3)      # Deng et al.: coordinates in which S is √D
     # Ṽ of Eq. (10): divided by its root mean square over the whole call, as in Deng et al.'s code, or over each
@@ -124,14 +123,14 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
     power = (V / unit).square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
     drift = (V / unit / power.clamp(min=1e-8).sqrt()).sum(1)                # [C,N,D]
 
-    w_neg, w_pos = -weights[..., :n_neg], weights[..., n_neg:]
-    mass = w_pos.sum(-1, keepdim=True)                                      # 1 with the single softmax
-    V_pos = (w_pos.flatten(1, 2) @ pos).view(C, T, N, D) - mass * query
-    info = {f"drift_{t:g}": rms for t, rms in zip(temperatures, V.square().sum(-1).mean((0, 2)).sqrt() / scale)}
-    info |= {"scale": scale, "v_pos": V_pos.norm(dim=-1).mean() / scale,
-             "v_neg": (V_pos - V).norm(dim=-1).mean() / scale,
-             "effective_positives": (mass.squeeze(-1) ** 2 / w_pos.square().sum(-1)).mean(),
-             "effective_negatives": (mass.squeeze(-1) ** 2 / w_neg.square().sum(-1)).mean()}
+    w_neg, w_pos = -weights[..., :n_neg], weights[..., n_neg:]              # each of mass 1 with single softmax
+    mass = w_pos.sum(-1)
+    V_pos = (w_pos.flatten(1, 2) @ pos).view(C, T, N, D) - mass.unsqueeze(-1) * query
+    rms = V.square().sum(-1).mean((0, 2)).sqrt()                            # [T]
+    info = {"scale": scale, **{f"drift_{t:g}": r / scale for t, r in zip(temperatures, rms)}}
+    for name, v, w in (("positives", V_pos, w_pos), ("negatives", V_pos - V, w_neg)):
+        info[f"v_{name[:3]}"] = v.norm(dim=-1).mean() / scale
+        info[f"effective_{name}"] = (mass.square() / w.square().sum(-1)).mean()
     return drift, unit, info
 
 
@@ -522,7 +521,7 @@ class Config:
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the generator")
     # distillation
-    steps: int = option(380, "optimizer steps")
+    steps: int = option(360, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
     n_pos: int = option(128, "positives: real images a class and step; keep it n_neg + n_extra_neg (Table 7)")
     n_neg: int = option(64, "generated samples with gradient a class and step")
@@ -1011,10 +1010,9 @@ def resume(cfg, given):
 
 def distil_command(cfg, state):
     """Teacher (trained first, for the digits), distillation, student.pt, report."""
-    began = time.perf_counter()
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    path, saved, student = Path(cfg.teacher or Path(cfg.out, "teacher.pt")), *(Path(cfg.out, f) for f in (
-        "state.pt", "student.pt"))
+    began, out = time.perf_counter(), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path, saved, student = Path(cfg.teacher or out / "teacher.pt"), out / "state.pt", out / "student.pt"
     if not state and saved.exists() and not (student.exists() and student.stat().st_mtime >= saved.stat().st_mtime):
         raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
     if not cfg.teacher and cfg.preset != "digits":
@@ -1034,14 +1032,13 @@ def distil_command(cfg, state):
     parts |= {"rae": checkpoint["rae"]} if "rae" in checkpoint else {}
     write_atomically(student, lambda f: torch.save(parts, f))
     metrics = report(teacher, ema, rae, positives, cfg)
-    seconds = {"distil": distilled}
-    seconds["total"] = time.perf_counter() - began
-    metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": seconds,
-                "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, torchvision, np)},
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    print(f"distilled in {seconds['distil']:.0f} s, {seconds['total']:.0f} s in all: "
-          f"{cfg.out}/student.pt, samples.png, metrics.json, log.csv")
+    total = time.perf_counter() - began
+    metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": {"distil": distilled, "total": total},
+                "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)},
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}     # Linux: KiB
+    write_atomically(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: see student.pt, samples.png, metrics.json and log.csv "
+          f"in {out}")
 
 
 def main(argv=None):

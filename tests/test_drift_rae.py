@@ -110,7 +110,7 @@ def test_weights_are_the_gradient_of_the_log_density_ratio(power):
     (grad,) = torch.autograd.grad((log_q - log_p).sum(), x)
     x, targets = x.detach(), torch.cat([neg, pos], 1)
     dist = dr.distances(x, targets)
-    w = dr.signed_weights((dist**power).unsqueeze(1), torch.full((1, 1, 1), tau), 9, self_mask=False)[:, 0]
+    w = dr.signed_weights(-(dist**power) / tau, 9, self_mask=False)
     away = targets.unsqueeze(1) - x.unsqueeze(2)                            # [1,N,K,D]
     V = (w.unsqueeze(-1) * away * dist.unsqueeze(-1) ** (power - 2)).sum(2)
     assert torch.allclose(grad, power / tau * V, atol=1e-9)
