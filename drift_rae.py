@@ -1,7 +1,11 @@
 """Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE latent space -> a one-step generator.
 
+On 1,740 real 8×8 digits, Fréchet distance of pixels: student in one step 0.129 ± 0.007, teacher in 50 points
+0.152 ± 0.021, in one step 2.6; 0.157 between two halves of the data. 282 s in all on 2 CPU cores (AMD EPYC),
+3 seeds, by the first command. ImageNet-256 (the paper: FID 1.77) is not reproduced yet.
+
     python drift_rae.py                          digits on a CPU: RAE, teacher, student, table, samples.png
-    python drift_rae.py --teacher ckpt.pt        distil this teacher
+    python drift_rae.py --teacher ckpt.pt        distil this teacher (--data DIR; --preset imagenet256: Table 8)
     python drift_rae.py --resume                 go on from out/state.pt
     python drift_rae.py --sample 1000 --student out/student.pt --to samples.npz
 
@@ -882,6 +886,7 @@ def contact_sheet(panels, rows, path):
     """Side by side {title: images uint8 [rows·k,H,W,3]}, a row of k images a class."""
     sheet = None
     for i, (title, x) in enumerate(panels.items()):
+        x = F.pad(x, (0, 0, 0, 1, 0, 1), value=128)                         # a grey line between images
         x = x.unflatten(0, (rows, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
         strip = Image.fromarray(x.numpy())
         strip = strip.resize([s * max(1, 32 // (len(x) // rows)) for s in strip.size], Image.NEAREST)
@@ -909,7 +914,7 @@ def report(teacher, student, rae, positives, cfg):
         panels[name], seconds = generate(sampler, rae, labels, cfg, name)
         metrics[name] = {"seconds_per_image": seconds / len(labels)}
     pick = torch.from_numpy(np.isin(index, shown))
-    contact_sheet({name.replace("_", ", "): x[pick] for name, x in panels.items()},
+    contact_sheet({name.replace("_", " ").replace("step", " step"): x[pick] for name, x in panels.items()},
                   min(10, len(positives.members)), Path(cfg.out, "samples.png"))
     if cfg.data:
         return metrics
