@@ -581,6 +581,8 @@ def write_atomically(path, write):
         with open(temporary, "wb") as f:
             write(f)
         os.replace(temporary, path)
+    except RuntimeError as e:  # what torch.save makes of an OSError
+        raise UserError(f"cannot write {path}, the old file is kept: is the disk full? ({str(e).splitlines()[0]})") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -213,6 +214,16 @@ def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
         (tmp_path / "ro").mkdir(mode=0o555)
         fails(capsys, "--teacher", teacher, "--out", tmp_path / "ro", *TINY, saying="ro")
     fails(capsys, "--teacher", teacher, "--out", "/proc/out", *TINY, saying="/proc/out")
+
+
+def test_full_disk(teacher, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file may grow beyond: state.pt would
+    try:
+        fails(capsys, "--teacher", teacher, "--out", tmp_path, *TINY, saying="cannot write .*state.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
 def test_files_are_old_or_new_never_half(tmp_path):
