@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from eval_fid import UserError, frechet_distance, mean_and_covariance, precision_recall
+from eval_fid import UserError, frechet_distance, mean_and_covariance, precision_recall, write_atomically
 
 # ----------------------------------------------------------------------------------------------------
 # Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
@@ -149,7 +149,8 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     (modification 3). drift_norm "batch" or "sample": what the field is divided by.
     perturb=False, y_softmax=True is the loss that Deng et al. released.
     info, 0-d tensors: scale S; drift_τ, the root mean square of ‖V_τ‖/S; v_pos and v_neg, the mean
-    ‖V⁺‖/S and ‖V⁻‖/S; effective_positives and effective_negatives, 1/Σw² for Σw = 1, means over τ.
+    ‖V⁺‖/S and ‖V⁻‖/S; effective_positives and effective_negatives, 1/Σw² for Σw = 1, means over τ
+    (where all share the weight, as Theorem 1 has it for scattered latents, the field loses its direction).
     """
     for name, t in (("pos", pos), ("extra_neg", extra_neg)):
         if t is not None and (t.ndim != 3 or gen.ndim != 3 or t.shape[::2] != gen.shape[::2]):
@@ -414,8 +415,7 @@ class DiTDH(nn.Module):
         self.t_embedder = TimeEmbedding(enc)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, enc)})
         self.enc_feat_rope, self.dec_feat_rope = (RoPE(d // h, input_size) for d, h in zip(hidden_size, num_heads))
-        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio read off a file may miss by 1e-16
-                                   
+        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio read off a file may be 1e-16 off
                                     for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
         self.final_layer = FinalLayer(dec, in_channels)
         for m in self.modules():
@@ -571,20 +571,7 @@ def ema_decay(step, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Files. Read without unpickling, written to a temporary name and renamed.
-
-
-def write_atomically(path, write):
-    """write(file) to a temporary neighbour of path, then rename: path is the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-        os.replace(temporary, path)
-    except RuntimeError as e:  # what torch.save makes of an OSError
-        raise UserError(f"cannot write {path}, the old file is kept: is the disk full? ({str(e).splitlines()[0]})") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+# Files. Read without unpickling; written by write_atomically to a temporary name and renamed.
 
 
 def read_checkpoint(path, advice="check the path"):
@@ -603,9 +590,12 @@ def read_checkpoint(path, advice="check the path"):
     return checkpoint
 
 
-def load_teacher(path):
-    """DiT^DH, in eval mode, from our checkpoint, an official one (key `ema`) or a raw state dict."""
-    checkpoint = read_checkpoint(path)
+def load_teacher(path, checkpoint=None):
+    """DiT^DH, in eval mode, from our checkpoint, an official one (key `ema`) or a raw state dict.
+
+    checkpoint: what path holds, if it has been read already.
+    """
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     try:
         sd = checkpoint.get("ema", checkpoint).items()
         sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd}
@@ -799,7 +789,7 @@ def train(student, positives, cfg, state=None):
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")
     with stop_after_step() as stop:
         for step in bar:
-            opt.param_groups[0]["lr"] = learning_rate(step, cfg)
+            lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
             row, norm = gradient(net, positives, step, cfg)
             opt.step()
             opt.zero_grad()
@@ -808,7 +798,7 @@ def train(student, positives, cfg, state=None):
                     e.lerp_(p, 1 - ema_decay(step, cfg))
             seconds = time.perf_counter() - began
             speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
-            log({"step": step, "lr": learning_rate(step, cfg), "grad_norm": norm, "images_per_s": speed, **row})
+            log({"step": step, "lr": lr, "grad_norm": norm, "images_per_s": speed, **row})
             drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
             bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
             if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
@@ -940,7 +930,8 @@ def report(teacher, student, rae, positives, cfg):
 
 def load_pair(path, cfg):
     """(generator, RAE, checkpoint), on the device, or a UserError if they do not belong together."""
-    model, checkpoint = load_teacher(path).to(cfg.device), read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    model = load_teacher(path, checkpoint).to(cfg.device)
     try:
         rae = load_rae(checkpoint, cfg).to(cfg.device)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:

@@ -8,7 +8,6 @@ An input is a folder of images, an .npz of images (arr_0 uint8 [N, H, W, 3], as 
 (mu, sigma: Fréchet distance only). In this order: metrics, networks, reading, command.
 """
 import argparse
-import io
 import itertools
 import json
 import math
@@ -39,6 +38,19 @@ BAD_WEIGHTS = (RuntimeError, TypeError, KeyError, ValueError, IndexError, EOFErr
 
 class UserError(Exception):
     """Something the user can put right: main() prints it as one sentence and exits with code 2."""
+
+
+def write_atomically(path, write):
+    """write(file) to a temporary neighbour of path, then rename: path is the old file or the new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+        os.replace(temporary, path)
+    except RuntimeError as e:  # what torch.save makes of an OSError
+        raise UserError(f"cannot write {path}, the old file is kept: is the disk full? ({str(e).splitlines()[0]})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -439,9 +451,8 @@ def evaluate(args):
     if args.save_stats:
         if reference["features"] is None or reference["n"] is None:
             raise UserError("--save-stats is for reference images; this reference is statistics already")
-        data = io.BytesIO()
-        np.savez(data, mu=reference["mu"], sigma=reference["sigma"], n=reference["n"], made=describe(args))
-        write_file(args.save_stats, data.getvalue())
+        stats = dict(mu=reference["mu"], sigma=reference["sigma"], n=reference["n"], made=describe(args))
+        write_atomically(args.save_stats, lambda f: np.savez(f, **stats))
     samples = load_side(args.samples, args, extractor, notes)
     with explain(f"no distance between {args.samples} (first) and {args.reference} (second)", UserError):
         fd = frechet_distance(samples["mu"], samples["sigma"], reference["mu"], reference["sigma"])
@@ -456,13 +467,6 @@ def evaluate(args):
         result["inception_score"], result["inception_score_std"] = inception_score(logits)
         result["inception_score_shuffled"] = inception_score(logits[order])[0]
     return result | {"warnings": notes + list(caveats(args, samples, reference))}
-
-
-def write_file(path, data):
-    """Writes bytes under a temporary name first: an interrupted run leaves no half file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def print_table(args, result):
@@ -515,9 +519,10 @@ def main(argv=None):
         args = parse_args(argv)
         result = evaluate(args)
         if args.json:
-            write_file(args.json, json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
+            text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+            write_atomically(args.json, lambda f: f.write(text.encode()))
         print_table(args, result)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
