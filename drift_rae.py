@@ -21,22 +21,35 @@ import argparse
 import copy
 import csv
 import dataclasses
+import gc
+import hashlib
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, nullcontext
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from eval_fid import UserError, frechet_distance, mean_and_covariance, precision_recall, write_atomically
@@ -53,7 +66,19 @@ def distances(q, y):
 
 
 def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # ‖x‖² + ‖y‖² − 2 x·y cancels: bf16 would not do
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def full_precision(device):
+    """Neither autocast nor TF32: ‖x‖² + ‖y‖² − 2 x·y cancels, and short mantissas would show."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def signed_weights(logits, n_neg, self_mask=True, y_softmax=False):
@@ -89,7 +114,7 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
         raise ValueError(f"drift_field: neg {list(neg.shape)} must begin with the rows of x {list(x.shape)}")
     x, pos, neg = (at_least_float32(t) for t in (x if noise is None else x + noise, pos, neg))
     V = torch.empty_like(x)                                                 # [C,N,D]
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         for q, p, n, v in zip(*(t.split(8) for t in (x, pos, neg, V))):  # 8 independent tokens fit a CPU's cache
             targets = torch.cat([n, p], 1)                                  # [8,M+P,D]
             logits = distances(q, targets).div_(-scale * temperature)       # [8,N,M+P]
@@ -161,7 +186,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     extra_neg = gen[:, :0] if extra_neg is None else extra_neg
     if gen.shape[1] + extra_neg.shape[1] < 2:
         raise ValueError("drift_loss: the repulsion needs at least two generated samples")
-    with torch.autocast(gen.device.type, enabled=False):
+    with full_precision(gen.device):
         gen, pos, extra_neg = (at_least_float32(t) for t in (gen, pos, extra_neg))
         drift, unit, info = normalised_drift(gen.detach(), pos.detach(), extra_neg.detach(), tuple(temperatures),
                                              perturb, y_softmax, drift_norm, generator)
@@ -409,6 +434,7 @@ class DiTDH(nn.Module):
         super().__init__()
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.class_dropout_prob, self.depth, (enc, dec) = class_dropout_prob, tuple(depth), hidden_size
+        self.grad_checkpoint = False    # True: keep each block's input alone and compute the rest again in backward
         self.register_buffer("pos_embed", sincos_2d(enc, input_size).unsqueeze(0))
         self.s_embedder, self.x_embedder = (nn.ModuleDict({"proj": nn.Conv2d(in_channels, d, 1)}) for d in (enc, dec))
         self.s_projector = nn.Linear(enc, dec) if enc != dec else nn.Identity()
@@ -427,6 +453,11 @@ class DiTDH(nn.Module):
         for m in [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
             nn.init.zeros_(m.weight)  # adaLN-Zero: every block starts as the identity, the output as 0
 
+    def run(self, block, *args):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
     def forward(self, x, t, y):
         """x [B,D,h,w], t [B] in [0,1], y [B] class indices -> velocity [B,D,h,w]."""
         if self.training and self.class_dropout_prob > 0:
@@ -435,11 +466,11 @@ class DiTDH(nn.Module):
         c = F.silu(t + self.y_embedder["embedding_table"](y).unsqueeze(1))
         s = self.s_embedder["proj"](x).flatten(2).mT + self.pos_embed       # [B,N,E]
         for block in self.blocks[:self.depth[0]]:
-            s = block(s, c, self.enc_feat_rope)
+            s = self.run(block, s, c, self.enc_feat_rope)
         s = self.s_projector(F.silu(t + s))                                 # [B,N,H]: one condition a token
-        out = self.x_embedder["proj"](x).flatten(2).mT
+        out = at_least_float32(self.x_embedder["proj"](x).flatten(2).mT)    # a residual stream, also under bf16
         for block in self.blocks[self.depth[0]:]:
-            out = block(out, s, self.dec_feat_rope)
+            out = self.run(block, out, s, self.dec_feat_rope)
         return self.final_layer(out, s).mT.unflatten(-1, x.shape[-2:])
 
     @classmethod
@@ -517,6 +548,10 @@ class Config:
     preset: str = option("digits", "defaults of all other flags", choices=("digits", "imagenet256"))
     teacher: str = option("", "checkpoint of the flow teacher, ours or official (default: OUT/teacher.pt)")
     data: str = option("", "folder of real images, a subfolder a class (default: the images in the teacher's file)")
+    cache: str = option("", "with --data: folder that keeps all latents in half precision, written once, resumable "
+                            "(ImageNet: 503 GB), in one orientation each if --flip")
+    latents: str = option("", "such a folder, made elsewhere, in place of --data")
+    workers: int = option(4, "processes a rank that read and crop images ahead")
     models: str = option("models", "folder of the released decoder, encoder and statistics, for an official teacher")
     out: str = option("out", "folder for checkpoints, samples.png, log.csv and metrics.json")
     resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
@@ -524,6 +559,7 @@ class Config:
     device: str = option("auto", "torch device; auto is cuda where there is one")
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the generator")
+    grad_checkpoint: bool = option(False, "less memory, a third more time: activations are computed twice")
     # distillation
     steps: int = option(360, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
@@ -535,13 +571,14 @@ class Config:
     y_softmax: bool = option(False, "Deng et al.'s second softmax, over the generated samples (Tables 3 A, 5)")
     drift_norm: str = option("batch", "what Ṽ is divided by: RMS of the batch, or of each sample's token",
                              choices=("batch", "sample"))
-    flip: bool = option(False, "flip half of the positives horizontally (not digits: a flipped 2 is no 2)")
+    flip: bool = option(False, "with --data: flip half of the positives horizontally (not digits: a flipped 2 is no 2)")
     lr: float = option(1e-3, "learning rate at step 0")
     lr_min: float = option(1e-5, "learning rate at the last step; linear in between")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.995, "decay of the weights' moving average")
     ema_warmup: int = option(100, "steps over which that decay rises from 0.5")
     save_every: int = option(100, "steps between two writes of OUT/state.pt")
+    plan: bool = option(False, "print what the run would cost in memory and hours on this device, and do nothing else")
     # sampling
     sample: int = option(0, "draw this many class-balanced images from --student, and do nothing else")
     student: str = option("", "checkpoint to sample from (default: OUT/student.pt)")
@@ -556,7 +593,7 @@ PRESETS = {  # digits: ours. imagenet256: Table 8; the shift is √(16·16·768/
     "digits": {},
     "imagenet256": dict(dtype="bf16", steps=10_000, n_class=32, n_pos=256, n_neg=64, n_extra_neg=192, flip=True,
                         lr=3e-5, lr_min=3e-7, ema=0.9995, ema_warmup=1000, shift=math.sqrt(48), save_every=500,
-                        batch_size=64),
+                        batch_size=64, workers=8),
 }
 
 
@@ -598,7 +635,7 @@ def load_teacher(path, checkpoint=None):
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     try:
         sd = checkpoint.get("ema", checkpoint).items()
-        sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd}
+        sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in sd}     # of DistributedDataParallel, torch.compile
         model = DiTDH.from_state_dict(sd)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path} is not a DiT^DH checkpoint: {' '.join(str(e).split())[:300]}") from e
@@ -607,8 +644,27 @@ def load_teacher(path, checkpoint=None):
     return model.eval()
 
 
+def load_encoder(cfg):
+    """DINOv2 with registers from its native file in --models, else from torch's hub cache, else from the network."""
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"
+    path = Path(cfg.models, Path(url).name)
+    if path.exists():
+        sd = read_checkpoint(path)
+    else:
+        try:
+            sd = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as e:
+            raise UserError(f"there is no encoder at {path}, nor could it be downloaded ({e}): run curl --create-dirs "
+                            f"-o {path} {url}") from e
+    patch, (_, positions, dim) = sd["patch_embed.proj.weight"].shape[-1], sd["pos_embed"].shape
+    depth = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
+    encoder = ViT(math.isqrt(positions) * patch, patch, dim, depth, max(1, dim // 64), sd["register_tokens"].shape[1])
+    encoder.load_state_dict(sd)
+    return encoder, patch
+
+
 def load_rae(checkpoint, cfg):
-    """The RAE inside our own checkpoint, else the released one under --models: ViT-B/14, decoder ViT-XL."""
+    """The RAE inside our own checkpoint, else the released one under --models; sizes are read off the tensors."""
     if "rae" in checkpoint:
         rae = checkpoint["rae"]
         encoder, decoder = ViT(**rae["encoder_args"]), Decoder(**rae["decoder_args"])
@@ -618,10 +674,61 @@ def load_rae(checkpoint, cfg):
     advice = f"run hf download nyu-visionx/RAE-collections --local-dir {cfg.models}"
     decoder = read_checkpoint(Path(cfg.models, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"), advice)
     stat = read_checkpoint(Path(cfg.models, "stats/dinov2/wReg_base/imagenet1k/stat.pt"), advice)
-    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"
-    encoder = ViT(518, 14, 768, 12, 12)
-    encoder.load_state_dict(read_checkpoint(Path(cfg.models, Path(url).name), f"put {url} there"))
-    return RAE(encoder, Decoder.from_official(decoder, num_heads=16), stat["mean"], stat["var"], 224)
+    encoder, patch = load_encoder(cfg)
+    return RAE(encoder, Decoder.from_official(decoder, num_heads=16), stat["mean"], stat["var"],
+               input_size=stat["mean"].shape[-1] * patch)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several processes: torchrun's, one a GPU. Alone, rank 0 of 1.
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def process_group(cfg):
+    """Joins the processes that torchrun has started, as its environment variables say."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if cfg.device == "cuda":
+        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if cfg.device.startswith("cuda"):
+        torch.cuda.set_device(cfg.device)
+        torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in fp32; never in the field
+    if not alone:
+        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+    yield
+    if not alone:  # not after an error: the others would wait, and torchrun ends them
+        dist.destroy_process_group()
+
+
+class Progress:
+    """Which blocks of a long job are done, a byte each in a file: so it can go on, with any number of ranks.
+
+    todo: the blocks left for this rank. done[b] = 1 marks one.
+    """
+
+    def __init__(self, path, blocks, job):
+        """job: what is being made, as text; a file of another job is refused."""
+        key = hashlib.sha256(job.encode()).hexdigest().encode()
+        if rank() == 0 and not path.exists():
+            write_atomically(path, lambda f: f.write(key + bytes(blocks)))
+        barrier()
+        if path.read_bytes()[:64] != key:
+            raise UserError(f"{path} is of a job with other flags or files: finish that one, or remove {path}")
+        self.done = np.memmap(path, np.uint8, "r+", offset=64, shape=(blocks,))
+        self.todo = np.flatnonzero(self.done == 0)[rank()::world()]
+        barrier()                                       # nobody marks a block before all have read what is left
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -652,50 +759,165 @@ def to_uint8(images):
     return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
-class Positives:
-    """positives(c, rng) -> latents [P,D,h,w] of P distinct real images of class c, drawn with rng (§3.3)."""
+@torch.no_grad()
+def encode(rae, x, cfg):
+    """Images uint8 [n,H,W,3] -> latents [n,D,h,w] on the device; what are latents already stays as it is."""
+    x = x.to(cfg.device, non_blocking=True)
+    if x.dtype != torch.uint8:
+        return x.float()
+    with autocast(cfg):
+        return torch.cat([rae.encode(to_float(batch)).float() for batch in x.split(cfg.batch_size)])
 
-    def __init__(self, rae, checkpoint, num_classes, cfg):
-        self.rae, self.cfg, self.latents = rae, cfg, None
-        size = rae.decoder.grid * rae.decoder.patch_size
-        if cfg.data:
+
+class Images(Dataset):
+    """A folder of images, a subfolder a class. Item (indices [P], flip [P]) -> (uint8 [P,H,W,3], what was unreadable).
+
+    The place of an unreadable image is taken by another one of the item, if there is one.
+    """
+
+    def __init__(self, folder, size):
+        try:
+            found = torchvision.datasets.ImageFolder(folder)
+        except FileNotFoundError as e:
+            raise UserError(f"--data {folder}: {str(e).splitlines()[0]}") from e
+        self.paths, self.labels, self.size = [path for path, _ in found.samples], np.array(found.targets), size
+        self.names = [os.path.relpath(path, folder) for path in self.paths]
+
+    def __getitem__(self, item):
+        images, unreadable = [], []
+        for i, flip in zip(*item):
             try:
-                folder = torchvision.datasets.ImageFolder(cfg.data, lambda image: np.asarray(center_crop(image, size)))
-            except FileNotFoundError as e:
-                raise UserError(f"--data {cfg.data}: {str(e).splitlines()[0]}") from e
-            labels = np.array(folder.targets)
-            self.images = lambda index: torch.from_numpy(np.stack([folder[i][0] for i in index]))
-        elif "images" in checkpoint:  # few and small: they travel in the teacher's file
-            labels = checkpoint["labels"].numpy()
-            self.images = lambda index: checkpoint["images"][torch.from_numpy(index)]
-        else:
-            raise UserError("this teacher's file brings no images: name real ones with --data FOLDER, "
-                            "in a subfolder a class")
-        if labels.max() + 1 != num_classes:
-            raise UserError(f"the images have {labels.max() + 1} classes, the teacher has {num_classes}: "
+                with Image.open(self.paths[i]) as image:
+                    image = np.asarray(center_crop(image.convert("RGB"), self.size))
+            except Exception as e:  # Pillow raises half a dozen kinds; one bad file must not end a long run
+                unreadable.append(f"{self.paths[i]}: {e}")
+            else:
+                images.append(image[:, ::-1] if flip else image)
+        images = [images[k % len(images)] for k in range(len(item[0]))] if images else [np.zeros((0, 0, 3), np.uint8)]
+        return torch.from_numpy(np.stack(images)), unreadable
+
+
+class Latents(Dataset):
+    """Latents [n,D,h,w] in memory or in a memory-mapped file. Item (indices [P], flip) -> ([P,D,h,w], [])."""
+
+    def __init__(self, array, labels):
+        self.array, self.labels = array, labels
+
+    def __getitem__(self, item):
+        return self.array[torch.from_numpy(item[0])], []
+
+
+class Positives:
+    """Real images of one class at a time (§3.3). What is drawn depends on (seed, step, class) alone.
+
+    source: Images or Latents. images: uint8 [n,H,W,3], where they are few and at hand.
+    """
+
+    def __init__(self, source, num_classes, cfg, rae=None, images=None):
+        self.source, self.cfg, self.rae, self.images, self.labels = source, cfg, rae, images, source.labels
+        if self.labels.max() + 1 != num_classes:
+            raise UserError(f"the images have {self.labels.max() + 1} classes, the teacher has {num_classes}: "
                             "give the data it was trained on")
-        self.labels, self.members = labels, [np.flatnonzero(labels == c) for c in range(num_classes)]
-        few = min(range(num_classes), key=lambda c: len(self.members[c]))
-        if len(self.members[few]) < cfg.n_pos:
-            raise UserError(f"class {few} has {len(self.members[few])} images and --n-pos asks for {cfg.n_pos}: "
-                            "add images or lower --n-pos")
-        if not cfg.data and not cfg.flip:
-            self.latents = self.encode(np.arange(len(labels)))
+        self.members = [np.flatnonzero(self.labels == c) for c in range(num_classes)]
+        few, self.unreadable = [c for c in range(num_classes) if len(self.members[c]) < cfg.n_pos], set()
+        if few and images is not None:
+            raise UserError(f"class {few[0]} has {len(self.members[few[0]])} images and --n-pos asks for {cfg.n_pos}: "
+                            "lower --n-pos")
+        if few and rank() == 0:
+            print(f"{len(few)} classes have fewer than --n-pos {cfg.n_pos} images and are drawn with replacement, the "
+                  f"first is class {few[0]} with {len(self.members[few[0]])}")
 
-    @torch.no_grad()
-    def encode(self, index, flip=None):
-        images = to_float(self.images(index))
-        if flip is not None:
-            images = torch.where(torch.from_numpy(flip).view(-1, 1, 1, 1), images.flip(-1), images)
-        with autocast(self.cfg):
-            return torch.cat([self.rae.encode(batch.to(self.cfg.device)).float()
-                              for batch in images.split(self.cfg.batch_size)])
+    def draw(self, step, c):
+        """(indices [P], which to flip [P]) of class c."""
+        _, rng = seeds(step, c, self.cfg)
+        index = rng.choice(self.members[c], self.cfg.n_pos, replace=len(self.members[c]) < self.cfg.n_pos)
+        return index, rng.random(self.cfg.n_pos) < 0.5 * self.cfg.flip
 
-    def __call__(self, c, rng):
-        index = rng.choice(self.members[c], self.cfg.n_pos, replace=False)
-        if self.latents is not None:
-            return self.latents[torch.from_numpy(index)]
-        return self.encode(index, rng.random(len(index)) < 0.5 if self.cfg.flip else None)
+    def read(self, items):
+        """What the source holds for each of the items; for images, worker processes read ahead."""
+        workers = 0 if self.images is not None else min(self.cfg.workers, os.cpu_count())
+        for x, unreadable in DataLoader(self.source, None, sampler=items, num_workers=workers,
+                                        multiprocessing_context="fork" if workers else None,
+                                        pin_memory=self.cfg.device.startswith("cuda") and workers > 0):
+            for line in set(unreadable) - self.unreadable:
+                self.unreadable.add(line)
+                tqdm.write(f"unreadable image, skipped ({len(self.unreadable)} so far): {line}", sys.stderr)
+            if not x.numel():
+                raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
+                                "mend or remove them")
+            yield x
+
+    def stream(self, pairs):
+        """Yields latents [P,D,h,w] for each (step, class) of pairs."""
+        for x in self.read(starmap(self.draw, pairs)):
+            yield encode(self.rae, x, self.cfg)
+
+
+def cache(source, rae, num_classes, cfg):
+    """Encode all Images to --cache, shared over the ranks: latents.f16 [n,D,h,w] and what it holds in cache.json."""
+    folder, shape = Path(cfg.cache), [len(source.labels), *rae.mean.shape]
+    part, info, flip = folder / "latents.part", folder / "cache.json", np.random.default_rng(cfg.seed).random(shape[0])
+    flip = flip < 0.5 * cfg.flip
+    files = hashlib.sha256("\n".join(source.names).encode()).hexdigest()
+    about = {"shape": shape, "images_per_class": np.bincount(source.labels).tolist(), "files": files,
+             "flipped": int(flip.sum())}
+    if rank() == 0 and not info.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        need, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
+        print(f"{folder} will hold {need / 1e9:.1f} GB of latents; {free / 1e9:.1f} GB are free")
+        if need > free:
+            raise UserError(f"--cache {folder}: {need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: take another "
+                            "disk, or leave --cache out and encode on the fly")
+        with open(part, "wb") as f:
+            f.truncate(need)
+        write_atomically(info, lambda f: f.write(json.dumps(about).encode()))
+    barrier()
+    if json.loads(info.read_text()) != about:
+        raise UserError(f"{folder} is the cache of other images, or of another --flip or --seed: name an empty folder")
+    if (folder / "latents.f16").exists():
+        return
+    reader = Positives(source, num_classes, cfg, rae)
+    blocks = [b for members in reader.members for b in np.array_split(members, -(-len(members) // 256))]  # of one class
+    progress = Progress(folder / "progress", len(blocks), json.dumps(about))
+    out = np.memmap(part, np.float16, "r+", shape=tuple(shape))
+    items = [(blocks[b], flip[blocks[b]]) for b in progress.todo]
+    for b, x in zip(tqdm(progress.todo, desc="encode", disable=rank() > 0), reader.read(items)):
+        out[blocks[b]] = encode(rae, x, cfg).half().cpu().numpy()
+        progress.done[b] = 1
+    barrier()
+    if rank() == 0:
+        os.replace(part, folder / "latents.f16")
+    barrier()
+
+
+def cached(folder):
+    """The Latents of a finished cache."""
+    try:
+        about = json.loads(Path(folder, "cache.json").read_text())
+        array = np.memmap(Path(folder, "latents.f16"), np.float16, "c", shape=tuple(about["shape"]))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder} is no finished cache of latents: make it with --data DIR --cache {folder} ({e})") from e
+    counts = about["images_per_class"]
+    return Latents(torch.from_numpy(array), np.repeat(np.arange(len(counts)), counts))
+
+
+def load_positives(rae, checkpoint, num_classes, cfg):
+    """From --data, its --cache, --latents, or the few images that our own teacher's file brings."""
+    if cfg.data:
+        source = Images(cfg.data, rae.decoder.grid * rae.decoder.patch_size)
+        if not cfg.cache:
+            return Positives(source, num_classes, cfg, rae)
+        cache(source, rae, num_classes, cfg)
+    if cfg.cache or cfg.latents:
+        source = cached(cfg.cache or cfg.latents)
+        if source.array.shape[1:] != rae.mean.shape:
+            raise UserError(f"{cfg.cache or cfg.latents} holds latents of shape {list(source.array.shape[1:])}, the "
+                            f"autoencoder makes {list(rae.mean.shape)}: they do not belong together")
+        return Positives(source, num_classes, cfg, rae)
+    if "images" not in checkpoint:
+        raise UserError("this teacher's file brings no images: name real ones with --data FOLDER, in a subfolder a class")
+    images = checkpoint["images"]
+    return Positives(Latents(encode(rae, images, cfg), checkpoint["labels"].numpy()), num_classes, cfg, rae, images)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -707,14 +929,24 @@ def tokens(latents):
     return latents.flatten(2).permute(2, 0, 1)
 
 
-def class_gradient(student, positives, c, step, cfg):
-    """Add the gradient of Eq. (10) for one class to the student's; returns what drift_loss says of it.
+def seeds(step, c, cfg):
+    """(seed of the noise, generator of the positives) for one class of one step.
 
-    All that is random here depends on (seed, step, class) alone: so a resumed run repeats an unbroken one.
+    All that is random in training depends on (seed, step, class): so neither a break nor the number of ranks changes it.
     """
     rng = np.random.default_rng([cfg.seed, step, c])
-    generator = torch.Generator(cfg.device).manual_seed(int(rng.integers(2**63)))
-    pos = positives(c, rng)                                                 # [P,D,h,w]
+    return int(rng.integers(2**63)), rng
+
+
+def classes_of(step, num_classes, cfg):
+    """The classes of a step that are this rank's."""
+    drawn = np.random.default_rng([cfg.seed, step]).choice(num_classes, cfg.n_class, replace=False)
+    return drawn[rank()::world()].tolist()
+
+
+def class_gradient(student, pos, c, step, cfg):
+    """Add the gradient of Eq. (10) for one class to the student's; returns what drift_loss says. pos [P,D,h,w]."""
+    generator = torch.Generator(cfg.device).manual_seed(seeds(step, c, cfg)[0])
     z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((len(z),), c, device=cfg.device)
     with autocast(cfg):
@@ -723,19 +955,40 @@ def class_gradient(student, positives, c, step, cfg):
             extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
     loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), cfg.temperatures, perturb=cfg.perturb,
                             y_softmax=cfg.y_softmax, drift_norm=cfg.drift_norm, generator=generator)
-    (loss.mean() / cfg.n_class).backward()
+    (loss.mean() * world() / cfg.n_class).backward()    # DistributedDataParallel takes the mean over the ranks
     return {"loss": loss.mean().detach(), **info}
 
 
-def gradient(student, positives, step, cfg):
-    """The clipped gradient of one step; returns what is logged: (means over the classes, norm before clipping)."""
-    classes = np.random.default_rng([cfg.seed, step]).choice(len(positives.members), cfg.n_class, replace=False)
-    infos = [class_gradient(student, positives, int(c), step, cfg) for c in classes]
+def gradient(student, latents, classes, step, cfg):
+    """The clipped gradient of one step: (means over all ranks' classes of what is logged, norm before clipping).
+
+    latents: an iterator, [P,D,h,w] for each of this rank's classes.
+    """
+    total = 0
+    for k, c in enumerate(classes):
+        wait = world() > 1 and k + 1 < len(classes)     # the ranks exchange gradients with their last class
+        with student.no_sync() if wait else nullcontext():
+            info = class_gradient(student, next(latents), c, step, cfg)
+        total = total + torch.stack([v.double() for v in info.values()])
+    if world() > 1:
+        dist.all_reduce(total)
     norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).item()  # Table 8: 1.0
     if not math.isfinite(norm):  # before the optimizer moves a weight: state.pt stays good
         raise UserError(f"the loss or its gradient became NaN at step {step}: start anew with a lower --lr, or look at "
                         "the images and the teacher; the last save in --out is from before")
-    return {k: torch.stack([i[k] for i in infos]).mean().item() for k in infos[0]}, norm
+    return dict(zip(info, (total / cfg.n_class).tolist())), norm
+
+
+def optimizer(student, cfg):
+    """AdamW of Table 8; fused on a GPU, where it then needs no memory of its own."""
+    return torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                             fused=cfg.device.startswith("cuda") or None)
+
+
+@torch.no_grad()
+def move_average(ema, student, decay):
+    for e, p in zip(ema.parameters(), student.parameters()):
+        e.lerp_(p, 1 - decay)
 
 
 class Log:
@@ -758,13 +1011,30 @@ class Log:
 
 @contextmanager
 def stop_after_step():
-    """Yields a list that Ctrl-C fills, so that the step can be finished; a second Ctrl-C acts at once."""
-    stop = []
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, before)))
+    """Yields a function that says whether to stop: after Ctrl-C or SIGTERM, on any rank.
+
+    So the step is finished and saved first. Alone, a second Ctrl-C acts at once (torchrun sends a second by itself).
+    """
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number, frame):
+        stop.append(number)
+        if world() == 1:
+            signal.signal(number, before[number])
+
+    def stopped():
+        flag = torch.tensor(float(bool(stop)))
+        if world() > 1:  # all ranks must stop after the same step
+            flag = flag.cuda() if dist.get_backend() == "nccl" else flag
+            dist.all_reduce(flag)
+        return flag.item() > 0
+
+    before = {s: signal.signal(s, handle) for s in signals}
     try:
-        yield stop
+        yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s in signals:
+            signal.signal(s, before[s])
 
 
 def train(student, positives, cfg, state=None):
@@ -773,8 +1043,7 @@ def train(student, positives, cfg, state=None):
     Writes OUT/log.csv and OUT/state.pt. Ctrl-C finishes the step, saves and raises KeyboardInterrupt. The student
     comes and stays in eval mode: its labels are never dropped.
     """
-    ema = copy.deepcopy(student).requires_grad_(False)
-    opt = torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)      # Table 8
+    ema, opt = copy.deepcopy(student).requires_grad_(False), optimizer(student, cfg)
     start, seconds = 0, 0.0
     if state:
         start, seconds = state["step"], state["seconds"]
@@ -784,28 +1053,33 @@ def train(student, positives, cfg, state=None):
             opt.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with") from e
-    net = torch.compile(student) if cfg.compile else student
-    log, began = Log(Path(cfg.out, "log.csv"), start), time.perf_counter() - seconds
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="distil")
-    with stop_after_step() as stop:
-        for step in bar:
+    student.grad_checkpoint = cfg.grad_checkpoint
+    net = torch.compile(student, dynamic=False) if cfg.compile else student
+    if world() > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    steps = {step: classes_of(step, len(positives.members), cfg) for step in range(start, cfg.steps)}
+    latents = positives.stream([(step, c) for step, classes in steps.items() for c in classes])
+    log, began = Log(Path(cfg.out, "log.csv"), start) if rank() == 0 else None, time.perf_counter() - seconds
+    bar = tqdm(steps.items(), initial=start, total=cfg.steps, desc="distil", disable=rank() > 0)
+    with stop_after_step() as stopped:
+        for step, classes in bar:
             lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
-            row, norm = gradient(net, positives, step, cfg)
+            row, norm = gradient(net, latents, classes, step, cfg)
             opt.step()
             opt.zero_grad()
-            with torch.no_grad():
-                for e, p in zip(ema.parameters(), student.parameters()):
-                    e.lerp_(p, 1 - ema_decay(step, cfg))
-            seconds = time.perf_counter() - began
-            speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
-            log({"step": step, "lr": lr, "grad_norm": norm, "images_per_s": speed, **row})
-            drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
-            bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
-            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg)}
-                write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
+            move_average(ema, student, ema_decay(step, cfg))
+            seconds, stop = time.perf_counter() - began, stopped()
+            if log:
+                speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
+                log({"step": step, "lr": lr, "grad_norm": norm, "images_per_s": speed, **row})
+                drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
+                bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
+                if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                    state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
+                             "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg)}
+                    write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
             if stop:
+                barrier()                               # nobody leaves before rank 0 has saved
                 raise KeyboardInterrupt(f"step {step + 1} is saved in {cfg.out}/state.pt, go on with --resume")
     return ema, seconds
 
@@ -815,46 +1089,64 @@ def train(student, positives, cfg, state=None):
 
 
 @torch.no_grad()
-def generate(sampler, rae, labels, cfg, name="sample"):
-    """Classes [N] -> (images uint8 [N,H,W,3], seconds spent in sampler and decoder).
+def generate(sampler, rae, labels, cfg, blocks=None):
+    """Yields (which [b], images uint8 [b,H,W,3], seconds in sampler and decoder) for each batch of labels [N].
 
-    sampler(z, y) -> latents. Sample i starts from noise of its own seed, whatever the batch it is in.
+    sampler(z, y) -> latents. Sample i starts from noise of its own seed, whatever the batch or rank it is in.
+    blocks: the numbers of the batches to make (default: all).
     """
-    images, seconds, generator = [], 0.0, torch.Generator()
-    for first in tqdm(range(0, len(labels), cfg.batch_size), desc=name, leave=False):
-        y = labels[first:first + cfg.batch_size].to(cfg.device)
-        z = torch.stack([torch.randn(rae.mean.shape, generator=generator.manual_seed((cfg.seed << 32) + first + i))
-                         for i in range(len(y))]).to(cfg.device)
+    batches, generator = torch.arange(len(labels)).split(cfg.batch_size), torch.Generator()
+    for b in range(len(batches)) if blocks is None else blocks:
+        y = labels[batches[b]].to(cfg.device)
+        z = torch.stack([torch.randn(rae.mean.shape, generator=generator.manual_seed((cfg.seed << 32) + i))
+                         for i in batches[b].tolist()]).to(cfg.device)
         began = time.perf_counter()
         with autocast(cfg):
-            batch = rae.decode(sampler(z, y).float())
-        images.append(to_uint8(batch))
-        seconds += time.perf_counter() - began
-    return torch.cat(images), seconds
+            images = to_uint8(rae.decode(sampler(z, y).float()))
+        yield batches[b], images, time.perf_counter() - began
 
 
 def sample_command(cfg):
-    """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs."""
-    to = Path(cfg.to)
-    if to.is_dir() and any(to.iterdir()):
+    """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs.
+
+    Shared over the ranks, memory independent of N; the same command goes on where it was interrupted.
+    """
+    to, student = Path(cfg.to), Path(cfg.student or Path(cfg.out, "student.pt"))
+    pixels, log = (to.with_name(to.name + end) for end in (".part", ".progress"))
+    if to.is_dir() and any(to.iterdir()) and not log.exists():
         raise UserError(f"--to {to} is a folder with files in it: name a new one, so that old images are not mixed in")
     (to.parent if to.suffix == ".npz" else to).mkdir(parents=True, exist_ok=True)   # before the work, not after
-    student, rae, _ = load_pair(cfg.student or Path(cfg.out, "student.pt"), cfg)
+    model, rae, _ = load_pair(student, cfg)
     try:
-        classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(student.num_classes))
+        classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(model.num_classes))
     except ValueError as e:
         raise UserError(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}") from e
-    if classes.min() < 0 or classes.max() >= student.num_classes:
-        raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {student.num_classes - 1}")
+    if classes.min() < 0 or classes.max() >= model.num_classes:
+        raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {model.num_classes - 1}")
     labels = classes[torch.arange(cfg.sample) % len(classes)]  # §4: as many of each class
-    images, _ = generate(lambda z, y: one_step(student, z, y), rae, labels, cfg)
+    size = rae.decoder.grid * rae.decoder.patch_size
+    job = [str(student), student.stat().st_mtime_ns, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
+    progress = Progress(log, -(-cfg.sample // cfg.batch_size), json.dumps(job))
     if to.suffix == ".npz":
-        write_atomically(to, lambda f: np.savez(f, arr_0=images.numpy(), arr_1=labels.numpy()))
-    else:
-        for i, (image, label) in enumerate(zip(images.numpy(), labels.tolist())):
-            write_atomically(Path(to, f"{i:06d}_class{label}.png"),
-                             lambda f: Image.fromarray(image).save(f, format="png"))
-    print(f"{cfg.sample} images in {cfg.to}")
+        with open(pixels, "ab") as f:
+            f.truncate(cfg.sample * size * size * 3)
+        array = np.memmap(pixels, np.uint8, "r+", shape=(cfg.sample, size, size, 3))
+    for b, (which, images, _) in zip(tqdm(progress.todo, desc="sample", disable=rank() > 0),
+                                     generate(lambda z, y: one_step(model, z, y), rae, labels, cfg, progress.todo)):
+        if to.suffix == ".npz":
+            array[which.numpy()] = images.numpy()
+        else:
+            for i, image in zip(which.tolist(), images.numpy()):
+                write_atomically(Path(to, f"{i:06d}_class{labels[i]}.png"),
+                                 lambda f: Image.fromarray(image).save(f, format="png"))
+        progress.done[b] = 1
+    barrier()
+    if rank() == 0:
+        if to.suffix == ".npz":
+            write_atomically(to, lambda f: np.savez(f, arr_0=array, arr_1=labels.numpy()))
+            pixels.unlink()
+        log.unlink()
+        print(f"{cfg.sample} images in {cfg.to}")
 
 
 def pixel_metrics(images, labels, real, real_labels):
@@ -893,22 +1185,25 @@ def report(teacher, student, rae, positives, cfg):
 
     The row "real": a random half against the other one.
     """
-    k = min(8, *map(len, positives.members))
-    shown = np.concatenate([members[:k] for members in positives.members[:10]])
-    index = shown if cfg.data else np.arange(len(positives.labels))
-    real, labels = positives.images(index), torch.from_numpy(positives.labels[index])
+    k, of = min(8, cfg.n_pos), range(min(10, len(positives.members)))       # images a class in samples.png
+    if positives.images is None:
+        real = torch.cat([x[:k] for x in positives.read([positives.draw(0, c) for c in of])])
+        real = real if real.dtype == torch.uint8 else to_uint8(rae.decode(real.to(cfg.device).float()))
+        labels = torch.tensor(of).repeat_interleave(k)
+    else:
+        real, labels = positives.images, torch.from_numpy(positives.labels)
+    shown = torch.cat([(labels == c).nonzero()[:k, 0] for c in of])
     samplers = {"teacher_1step": lambda z, y: one_step(teacher, z, y),
                 f"teacher_{cfg.teacher_steps}step": lambda z, y: ode_sample(teacher, z, y, cfg.teacher_steps, cfg.shift),
                 "student_1step": lambda z, y: one_step(student, z, y)}
     panels, metrics = {"real": real}, {}
-    generate(samplers["teacher_1step"], rae, labels[:cfg.batch_size], cfg, "warm-up")  # else the first pays for it
+    list(generate(samplers["teacher_1step"], rae, labels[:cfg.batch_size], cfg))    # else the first pays for the warm-up
     for name, sampler in samplers.items():
-        panels[name], seconds = generate(sampler, rae, labels, cfg, name)
-        metrics[name] = {"seconds_per_image": seconds / len(labels)}
-    pick = torch.from_numpy(np.isin(index, shown))
-    contact_sheet({name.replace("_", " ").replace("step", " step"): x[pick] for name, x in panels.items()},
-                  min(10, len(positives.members)), Path(cfg.out, "samples.png"))
-    if cfg.data:
+        _, images, seconds = zip(*tqdm(generate(sampler, rae, labels, cfg), desc=name, leave=False))
+        panels[name], metrics[name] = torch.cat(images), {"seconds_per_image": sum(seconds) / len(labels)}
+    contact_sheet({name.replace("_", " ").replace("step", " step"): x[shown] for name, x in panels.items()},
+                  len(of), Path(cfg.out, "samples.png"))
+    if positives.images is None:
         return metrics
     for name in samplers:
         metrics[name] |= pixel_metrics(panels[name], labels, real, labels)
@@ -922,6 +1217,119 @@ def report(teacher, student, rae, positives, cfg):
         print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
               f"{m['nearest_real']:9.3f}" + (f"{1e3 * m['seconds_per_image']:10.3f}" if name in samplers else ""))
     return metrics
+
+
+# ----------------------------------------------------------------------------------------------------
+# --plan: can I run this?
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **{k: None if k == "generator" else v for k, v in (kwargs or {}).items()})  # no fake takes one
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.alive:
+                self.alive.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, n):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def cost_of_a_class(model, cfg):
+    """(bytes beyond weights and gradient at most, those of the drift alone, FLOPs) of one class of one step.
+
+    From a run on fake tensors, which have shapes and no content: nothing is computed or allocated.
+    """
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    with FakeTensorMode(), FlopCounterMode(display=False) as flops, Allocated() as memory:
+        with torch.device(cfg.device):
+            fake = DiTDH.from_state_dict({k: torch.empty(s) for k, s in shapes.items()}).eval()
+        if cfg.grad_checkpoint:
+            fake.grad_checkpoint = True
+            for block in fake.blocks:  # on fake tensors it leaves cycles, which would count as memory
+                block.register_forward_pre_hook(lambda *_: (gc.collect(), None)[1])
+        for p in fake.parameters():
+            p.grad = torch.empty_like(p)                # as it is from a step's second class on
+        fixed = memory.now
+        pos = torch.empty(cfg.n_pos, fake.in_channels, fake.input_size, fake.input_size, device=cfg.device)
+        class_gradient(fake, pos, 0, 0, cfg)
+        activations, total = memory.peak - fixed, flops.get_total_flops()
+        gen, extra = (tokens(pos.new_empty(n, *pos.shape[1:])) for n in (cfg.n_neg, cfg.n_extra_neg))
+        memory.peak = before = memory.now
+        drift_loss(gen, tokens(pos), extra, cfg.temperatures, perturb=cfg.perturb, y_softmax=cfg.y_softmax)
+        return activations, memory.peak - before, total
+
+
+def random_pair(cfg):
+    """(generator, RAE, image size or None if latents are at hand): those of --teacher, or random ones as large."""
+    if cfg.teacher:
+        model, rae, checkpoint = load_pair(cfg.teacher, cfg)
+    elif cfg.preset == "digits":
+        from toy.digits import DECODER, ENCODER, TEACHER
+        model, checkpoint = DiTDH(**TEACHER), {"images": None}
+        rae = RAE(ViT(**ENCODER), Decoder(**DECODER), torch.zeros(48, 2, 2), torch.ones(48, 2, 2), 8)
+    else:  # the released DiT^DH-XL, encoder ViT-B/14, decoder ViT-XL
+        model, checkpoint = DiTDH(16, 768, (1152, 2048), (28, 2), (16, 16), 1000), {}
+        rae = RAE(ViT(518, 14, 768, 12, 12), Decoder(768, 1152, 28, 16, 4096, 16, 16), torch.zeros(768, 16, 16),
+                  torch.ones(768, 16, 16), 224)
+    size = None if "images" in checkpoint or cfg.cache or cfg.latents else rae.decoder.grid * rae.decoder.patch_size
+    return model.eval().to(cfg.device), rae.to(cfg.device), size
+
+
+def median_seconds(function, cfg, repeats=3):
+    """Of function() on the device, after a warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        if cfg.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
+
+
+def plan_command(cfg):
+    """--plan: parameters, FLOPs and memory of the run, and its hours from a few steps on random data; reads no images."""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 * (cfg.device == "cpu")        # Linux: KiB
+    model, rae, size = random_pair(cfg)
+    activations, drift, flops = cost_of_a_class(model, cfg)
+    n, n_rae = (sum(p.numel() for p in m.parameters()) for m in (model, rae))
+    print(f"{n / 1e6:.1f} M parameters, autoencoder {n_rae / 1e6:.1f} M; {flops * cfg.n_class / 1e12:.4g} TFLOP a step of "
+          f"{cfg.n_class} classes, without the encoder")
+    memory = {"weights": 4 * n, "gradient": 4 * n, "AdamW's two moments": 8 * n, "moving average": 4 * n,
+              "autoencoder": 4 * n_rae, "Python and its libraries": base, "drift": drift, "activations": activations - drift}
+    for name, amount in (memory | {"together": (need := sum(memory.values()))}).items():
+        print(f"{name:25}{amount / 1e9:10.3f} GB")
+    cuda = cfg.device.startswith("cuda")
+    have = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        print(f"{cfg.device} has {have / 1e9:.1f} GB: too little. Try --grad-checkpoint, --dtype bf16 or a smaller --n-neg")
+        return
+    # a CPU would take hours for a class of the true size: there, as few samples as 2 TFLOP allow, scaled by the FLOPs
+    share = 1 if cuda else min(1, 2e12 / flops)
+    part = dataclasses.replace(cfg, **{k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")})
+    net = torch.compile(model, dynamic=False) if cfg.compile else model
+    model.grad_checkpoint = cfg.grad_checkpoint
+    images = torch.zeros(part.n_pos, size or 0, size or 0, 3, dtype=torch.uint8)
+    pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
+    opt, ema = optimizer(model, cfg), copy.deepcopy(model)
+    seconds = median_seconds(lambda: class_gradient(net, encode(rae, images, cfg) if size else pos, 0, 0, part), cfg)
+    seconds *= flops / cost_of_a_class(model, part)[-1]
+    step = cfg.n_class * seconds + median_seconds(lambda: (opt.step(), move_average(ema, model, 0.5)), cfg)
+    print(f"measured on {torch.cuda.get_device_name() if cuda else 'the CPU'}: {seconds:.4g} s a class{', scaled up' * (share < 1)}, "
+          f"{cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step:.4g} images/s, {flops / seconds / 1e12:.3g} TFLOP/s"
+          + f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most" * cuda)
+    print(f"{cfg.steps} steps: {cfg.steps * step / 3600:.3g} hours on one such device; on R of them 1/R of it, and the time "
+          "to exchange gradients")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -970,7 +1378,7 @@ def parse(argv):
 def check(cfg):
     """What is wrong with the flags, before anything is read or written."""
     least = dict.fromkeys(("steps", "n_class", "n_pos", "n_neg", "save_every", "batch_size", "ema_warmup"), 1)
-    for name, low in (least | {"n_extra_neg": 0, "sample": 0, "seed": 0, "teacher_steps": 2}).items():
+    for name, low in (least | {"n_extra_neg": 0, "sample": 0, "seed": 0, "workers": 0, "teacher_steps": 2}).items():
         if not low <= getattr(cfg, name) < 2**31:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(cfg, name)}")
     for name in ("lr", "grad_clip", "shift"):
@@ -984,8 +1392,10 @@ def check(cfg):
         raise UserError("--temperatures must be positive")
     if bool(cfg.sample) != bool(cfg.to) or (cfg.classes or cfg.student) and not cfg.sample:
         raise UserError("sampling takes --sample N and --to FILE.npz or --to FOLDER; --student and --classes go with them")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("several processes (torchrun) are not supported yet: start one process")
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > cfg.n_class and not cfg.sample:
+        raise UserError(f"--n-class {cfg.n_class}: each of the {ranks} processes needs a class a step")
+    if cfg.latents and (cfg.data or cfg.cache) or cfg.cache and not cfg.data:
+        raise UserError("--latents DIR stands in place of --data; --cache DIR goes with --data")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError) as e:
@@ -997,13 +1407,14 @@ def resume(cfg, given):
     state = read_checkpoint(Path(cfg.out, "state.pt"))
     if not {"step", "student", "ema", "optimizer", "config"} <= state.keys():
         raise UserError(f"{cfg.out}/state.pt is no state of a training run: start anew without --resume")
-    free, saved = {"out", "resume", "device", "save_every", "teacher", "data", "models", "batch_size"}, state["config"]
+    free, saved = {"out", "resume", "device", "save_every", "teacher", "data", "cache", "latents", "workers", "models",
+                   "batch_size", "compile", "grad_checkpoint"}, state["config"]
     if saved.keys() != dataclasses.asdict(cfg).keys():
         raise UserError(f"{cfg.out}/state.pt is of another version of this script: finish it with that one, or start anew")
     if other := [k for k in given if k not in free and given[k] != saved[k]]:
         raise UserError(f"--{other[0].replace('_', '-')} was {saved[other[0]]} in the run to be resumed: leave the "
                         "flag out, or start anew without --resume")
-    return Config(**saved | {k: v for k, v in given.items() if k in free}), state
+    return Config(**saved | {k: v for k, v in given.items() if k in free} | {"device": cfg.device}), state
 
 
 def distil_command(cfg, state):
@@ -1015,21 +1426,26 @@ def distil_command(cfg, state):
         raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
     if not cfg.teacher and cfg.preset != "digits":
         raise UserError("name the teacher's checkpoint with --teacher FILE")
-    if not cfg.teacher and not path.exists():
+    if not cfg.teacher and not path.exists() and rank() == 0:
         from toy.digits import make_teacher
         make_teacher(path, cfg.seed)
-    print(f"teacher: {path}")
+    barrier()
     teacher, rae, checkpoint = load_pair(path, cfg)
-    if "rae" not in checkpoint and cfg.preset == "digits":
+    teacher.cpu()                                       # it waits there for the report
+    if rank() == 0:
+        print(f"teacher: {path}")
+    if "rae" not in checkpoint and cfg.preset == "digits" and rank() == 0:
         print("this is an official teacher and the hyperparameters are the digits': --preset imagenet256 is Table 8")
     if cfg.n_class > teacher.num_classes:
         raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
-    positives = Positives(rae, checkpoint, teacher.num_classes, cfg)
-    ema, distilled = train(copy.deepcopy(teacher), positives, cfg, state)
+    positives = load_positives(rae, checkpoint, teacher.num_classes, cfg)
+    ema, distilled = train(copy.deepcopy(teacher).to(cfg.device), positives, cfg, state)
+    if rank() > 0:
+        return
     parts = {"ema": ema.state_dict(), "config": dataclasses.asdict(cfg)}
     parts |= {"rae": checkpoint["rae"]} if "rae" in checkpoint else {}
     write_atomically(student, lambda f: torch.save(parts, f))
-    metrics = report(teacher, ema, rae, positives, cfg)
+    metrics = report(teacher.to(cfg.device), ema, rae, positives, cfg)
     total = time.perf_counter() - began
     metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": {"distil": distilled, "total": total},
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)},
@@ -1047,7 +1463,8 @@ def main(argv=None):
         if cfg.resume:
             cfg, state = resume(cfg, given)
         check(cfg)
-        sample_command(cfg) if cfg.sample else distil_command(cfg, state)
+        with process_group(cfg):
+            plan_command(cfg) if cfg.plan else sample_command(cfg) if cfg.sample else distil_command(cfg, state)
         return 0
     except KeyboardInterrupt as e:
         print(f"drift_rae.py: interrupted{', ' * bool(str(e))}{e}", file=sys.stderr)

@@ -120,7 +120,7 @@ def test_folder_of_images(teacher, tmp_path, capsys):
     data = folder_of_images(tmp_path / "Bilder mit Umlaut ä")
     args = ["--teacher", teacher, "--data", data, "--out", tmp_path / "öut", *TINY]
     assert dr.main([*map(str, args), "--flip"]) == 0
-    fails(capsys, *args, "--n-pos", 10, saying=r"class 0 has 9 images and --n-pos asks for 10")
+    fails(capsys, *args, "--data", "", "--n-pos", 175, saying=r"class 0 has 174 images and --n-pos asks for 175")
     (data / "z").mkdir()
     fails(capsys, *args, saying="--data .*z")
     (data / "z" / "a.png").write_bytes((data / "0 ß" / "0.png").read_bytes())
@@ -197,8 +197,8 @@ def test_what_is_there_is_not_overwritten(teacher, tmp_path, capsys, monkeypatch
     (tmp_path / "png").mkdir()
     (tmp_path / "png" / "old.png").write_text("")
     fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "png", saying="folder with files in it")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(capsys, *run, saying="not supported yet")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    fails(capsys, *run, saying="each of the 3 processes needs a class")
 
 
 def test_nan_stops_the_run_and_keeps_the_last_save(teacher, tmp_path, capsys):
