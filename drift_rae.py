@@ -1303,8 +1303,12 @@ def plan_command(cfg):
     model, rae, size = random_pair(cfg)
     activations, drift, flops = cost_of_a_class(model, cfg)
     n, n_rae = (sum(p.numel() for p in m.parameters()) for m in (model, rae))
-    print(f"{n / 1e6:.1f} M parameters, autoencoder {n_rae / 1e6:.1f} M; {flops * cfg.n_class / 1e12:.4g} TFLOP a step of "
-          f"{cfg.n_class} classes, without the encoder")
+    images = torch.zeros(cfg.n_pos if size else 0, size or 1, size or 1, 3, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        encode(rae, images[:1], cfg)
+    encoder = counter.get_total_flops() * len(images)
+    print(f"{n / 1e6:.1f} M parameters, autoencoder {n_rae / 1e6:.1f} M; {(flops + encoder) * cfg.n_class / 1e12:.4g} TFLOP a "
+          f"step of {cfg.n_class} classes, of which the encoder {encoder / (flops + encoder):.0%}")
     memory = {"weights": 4 * n, "gradient": 4 * n, "AdamW's two moments": 8 * n, "moving average": 4 * n,
               "autoencoder": 4 * n_rae, "Python and its libraries": base, "drift": drift, "activations": activations - drift}
     for name, amount in (memory | {"together": (need := sum(memory.values()))}).items():
@@ -1315,20 +1319,19 @@ def plan_command(cfg):
         print(f"{cfg.device} has {have / 1e9:.1f} GB: too little. Try --grad-checkpoint, --dtype bf16 or a smaller --n-neg")
         return
     # a CPU would take hours for a class of the true size: there, as few samples as 2 TFLOP allow, scaled by the FLOPs
-    share = 1 if cuda else min(1, 2e12 / flops)
+    share = 1 if cuda else min(1, 2e12 / (flops + encoder))
     part = dataclasses.replace(cfg, **{k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")})
-    net = torch.compile(model, dynamic=False) if cfg.compile else model
-    model.grad_checkpoint = cfg.grad_checkpoint
-    images = torch.zeros(part.n_pos, size or 0, size or 0, 3, dtype=torch.uint8)
     pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
-    opt, ema = optimizer(model, cfg), copy.deepcopy(model)
-    seconds = median_seconds(lambda: class_gradient(net, encode(rae, images, cfg) if size else pos, 0, 0, part), cfg)
-    seconds *= flops / cost_of_a_class(model, part)[-1]
+    model.grad_checkpoint, opt, ema = cfg.grad_checkpoint, optimizer(model, cfg), copy.deepcopy(model)
+    net, images = torch.compile(model, dynamic=False) if cfg.compile else model, images[:part.n_pos]
+    seconds = median_seconds(lambda: (encode(rae, images, cfg), class_gradient(net, pos, 0, 0, part)), cfg)
+    if share < 1:
+        seconds *= (flops + encoder) / (cost_of_a_class(model, part)[-1] + encoder / cfg.n_pos * part.n_pos)
     step = cfg.n_class * seconds + median_seconds(lambda: (opt.step(), move_average(ema, model, 0.5)), cfg)
-    print(f"measured on {torch.cuda.get_device_name() if cuda else 'the CPU'}: {seconds:.4g} s a class{', scaled up' * (share < 1)}, "
-          f"{cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step:.4g} images/s, {flops / seconds / 1e12:.3g} TFLOP/s"
-          + f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most" * cuda)
-    print(f"{cfg.steps} steps: {cfg.steps * step / 3600:.3g} hours on one such device; on R of them 1/R of it, and the time "
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}: {seconds:.4g} s a class{' (fewer samples, scaled up)' * (share < 1)}"
+          f", {cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step:.4g} images/s, {(flops + encoder) / seconds / 1e12:.3g} TFLOP/s"
+          + (f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""))
+    print(f"{cfg.steps} steps: {cfg.steps * step / 3600:.3g} hours on one such device; with R of them an R-th, and the time "
           "to exchange gradients")
 
 
