@@ -125,7 +125,7 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
 def perturb(x, tau, generator=None):
     """Eq. (12), x + τ·n: n has a uniform direction and the norm |Laplace(0,1)|, which is Exp(1).
 
-    x [C,N,D]; tau [T,1,1] in latent units -> [C,T,N,D]. One n serves all temperatures: our reading.
+    x [C,N,D]; tau [1 or C,T,1,1] in latent units -> [C,T,N,D]. One n serves all temperatures: our reading.
     """
     n = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     norm = torch.empty_like(n[..., :1]).exponential_(generator=generator)
@@ -133,29 +133,41 @@ def perturb(x, tau, generator=None):
 
 
 @torch.no_grad()
-def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drift_norm, generator):
+def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drift_norm, perturb_all, token_scale,
+                     generator):
     """Σ_τ Ṽ_τ at x [C,N,D], its unit of length (scalar), and what is worth logging (see drift_loss)."""
     (C, N, D), T, n_neg = x.shape, len(temperatures), x.shape[1] + extra_neg.shape[1]
     targets = torch.cat([x, extra_neg, pos], 1)                             # [C,K,D]
     dist = distances(x, targets)                                            # [C,N,K]
-    scale = dist.mean().clamp(min=1e-3)          # S, the unit of τ and n, as in Deng et al.'s code
-    tau = scale * torch.tensor(temperatures, device=x.device, dtype=x.dtype).view(T, 1, 1)
-    query = x.unsqueeze(1)                                                  # [C,1,N,D]
-    if perturbed:  # modification 2: the query alone, since Prop. 1 differentiates at fixed kernel centres
+    # S, the unit of τ and n: one for all tokens, as in Deng et al.'s code, or one a token
+    scale = (dist.mean((1, 2), keepdim=True) if token_scale else dist.mean().view(1, 1, 1)).clamp(min=1e-3)
+    tau = scale.unsqueeze(1) * torch.tensor(temperatures, device=x.device, dtype=x.dtype).view(T, 1, 1)
+    query, centres = x.unsqueeze(1), targets                                # [C,1,N,D]
+    if perturb_all:
+        centres = perturb(targets, tau, generator)                          # [C,T,K,D]
+        query = centres[:, :, :N]                                           # [C,T,N,D]
+        dist = distances(query.flatten(0, 1), centres.flatten(0, 1)).view(C, T * N, -1)
+    elif perturbed:  # modification 2: the query alone, since Prop. 1 differentiates at fixed kernel centres
         query = perturb(x, tau, generator)                                  # [C,T,N,D]
         dist = distances(query.flatten(1, 2), targets)                      # [C,T·N,K]
     weights = signed_weights(dist.unflatten(1, (-1, N)) / -tau, n_neg, y_softmax=y_softmax)     # [C,T,N,K]
-    V = (weights.flatten(1, 2) @ targets).view(C, T, N, D)                  # Eq. (11), all τ at once
-    unit = (scale / D**0.5).clamp(min=1e-3)      # Deng et al.: coordinates in which S is √D
+
+    def weighted(w, y):  # Σ w·y for all τ at once -> [C,T,N,D]
+        return w @ y if y.ndim == 4 else (w.flatten(1, 2) @ y).view(C, T, N, D)
+
+    V = weighted(weights, centres)                                          # Eq. (11)
+    unit = (scale / D**0.5).clamp(min=1e-3)      # Deng et al.: coordinates in which S is √D; [1 or C,1,1]
     # Ṽ of Eq. (10): divided by its root mean square over the whole call, as in Deng et al.'s code, or over each
     # sample's token, which is √D times the literal V/‖V‖
-    power = (V / unit).square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
-    drift = (V / unit / power.clamp(min=1e-8).sqrt()).sum(1)                # [C,N,D]
+    scaled = V / unit.unsqueeze(1)
+    power = scaled.square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
+    drift = (scaled / power.clamp(min=1e-8).sqrt()).sum(1)                  # [C,N,D]
 
     w_neg, w_pos = -weights[..., :n_neg], weights[..., n_neg:]              # each of mass 1 with single softmax
     mass = w_pos.sum(-1)
-    V_pos = (w_pos.flatten(1, 2) @ pos).view(C, T, N, D) - mass.unsqueeze(-1) * query
+    V_pos = weighted(w_pos, centres[..., n_neg:, :]) - mass.unsqueeze(-1) * query
     rms = V.square().sum(-1).mean((0, 2)).sqrt()                            # [T]
+    scale = scale.mean()
     info = {"scale": scale, **{f"drift_{t:g}": r / scale for t, r in zip(temperatures, rms)}}
     for name, v, w in (("positives", V_pos, w_pos), ("negatives", V_pos - V, w_neg)):
         info[f"v_{name[:3]}"] = v.norm(dim=-1).mean() / scale
@@ -164,7 +176,7 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
 
 
 def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, perturb=True, y_softmax=False,
-               drift_norm="batch", generator=None):
+               drift_norm="batch", perturb_all=False, token_scale=False, generator=None):
     """Eq. (10): ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
 
     A mean over N and D, in units of S/√D, as in Deng et al.'s code: Eq. (10) up to a factor, which AdamW ignores
@@ -172,7 +184,8 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
 
     gen [C,N,D] with gradient; pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion
     (modification 3). drift_norm "batch" or "sample": what the field is divided by.
-    perturb=False, y_softmax=True is the loss that Deng et al. released.
+    perturb=False, y_softmax=True is the loss that Deng et al. released. perturb_all: the kernel's centres too;
+    token_scale: an S for each token. Two other readings of §3.3, for the ablations.
     info, 0-d tensors: scale S; drift_τ, the root mean square of ‖V_τ‖/S; v_pos and v_neg, the mean
     ‖V⁺‖/S and ‖V⁻‖/S; effective_positives and effective_negatives, 1/Σw² for Σw = 1, means over τ
     (where all share the weight, as Theorem 1 has it for scattered latents, the field loses its direction).
@@ -189,7 +202,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     with full_precision(gen.device):
         gen, pos, extra_neg = (at_least_float32(t) for t in (gen, pos, extra_neg))
         drift, unit, info = normalised_drift(gen.detach(), pos.detach(), extra_neg.detach(), tuple(temperatures),
-                                             perturb, y_softmax, drift_norm, generator)
+                                             perturb, y_softmax, drift_norm, perturb_all, token_scale, generator)
         goal = gen.detach() / unit + drift
         return (gen / unit - goal).square().mean((1, 2)), info
 
@@ -444,7 +457,12 @@ class DiTDH(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio read off a file may be 1e-16 off
                                     for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
         self.final_layer = FinalLayer(dec, in_channels)
+        self.initialise()
+
+    def initialise(self):
         for m in self.modules():
+            if isinstance(m, nn.RMSNorm):
+                m.reset_parameters()
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
@@ -561,12 +579,16 @@ class Config:
     compile: bool = option(False, "torch.compile the generator")
     grad_checkpoint: bool = option(False, "less memory, a third more time: activations are computed twice")
     # distillation
+    init: str = option("teacher", "the student's first weights; scratch is Table 9", choices=("teacher", "scratch"))
+    decode_encode: bool = option(False, "drift in the latents of the decoded images (Table 9)")
     steps: int = option(360, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
     n_pos: int = option(128, "positives: real images a class and step; keep it n_neg + n_extra_neg (Table 7)")
     n_neg: int = option(64, "generated samples with gradient a class and step")
     n_extra_neg: int = option(64, "generated samples without gradient, in the repulsion only (Tables 3 C, 6)")
     temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", type=float, nargs="+")
+    perturb_all: bool = option(False, "perturb positives and negatives as well as the query")
+    token_scale: bool = option(False, "a unit of length S for each token, in place of one for all")
     perturb: bool = option(True, "Eq. (12): evaluate the field at perturbed queries (Tables 3 B, 5)")
     y_softmax: bool = option(False, "Deng et al.'s second softmax, over the generated samples (Tables 3 A, 5)")
     drift_norm: str = option("batch", "what Ṽ is divided by: RMS of the batch, or of each sample's token",
@@ -954,7 +976,8 @@ def class_gradient(student, pos, c, step, cfg):
         with torch.no_grad():  # modification 3: detached negatives
             extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
     loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), cfg.temperatures, perturb=cfg.perturb,
-                            y_softmax=cfg.y_softmax, drift_norm=cfg.drift_norm, generator=generator)
+                            y_softmax=cfg.y_softmax, drift_norm=cfg.drift_norm, perturb_all=cfg.perturb_all,
+                            token_scale=cfg.token_scale, generator=generator)
     (loss.mean() * world() / cfg.n_class).backward()    # DistributedDataParallel takes the mean over the ranks
     return {"loss": loss.mean().detach(), **info}
 
@@ -989,6 +1012,17 @@ def optimizer(student, cfg):
 def move_average(ema, student, decay):
     for e, p in zip(ema.parameters(), student.parameters()):
         e.lerp_(p, 1 - decay)
+
+
+class ThroughPixels(nn.Module):
+    """The student, decoded and encoded again (Table 9): its one_step is RAE.encode(RAE.decode(G(z)))."""
+
+    def __init__(self, student, rae):
+        super().__init__()
+        self.student, self.rae = student, rae
+
+    def forward(self, z, t, y):
+        return z - self.rae.encode(self.rae.decode(z - self.student(z, t, y)))
 
 
 class Log:
@@ -1054,7 +1088,8 @@ def train(student, positives, cfg, state=None):
         except (RuntimeError, ValueError, KeyError) as e:
             raise UserError(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with") from e
     student.grad_checkpoint = cfg.grad_checkpoint
-    net = torch.compile(student, dynamic=False) if cfg.compile else student
+    net = ThroughPixels(student, positives.rae) if cfg.decode_encode else student
+    net = torch.compile(net, dynamic=False) if cfg.compile else net
     if world() > 1:
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     steps = {step: classes_of(step, len(positives.members), cfg) for step in range(start, cfg.steps)}
@@ -1424,8 +1459,8 @@ def distil_command(cfg, state):
     """Teacher (trained first, for the digits), distillation, student.pt, report."""
     began, out = time.perf_counter(), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    path, saved, student = Path(cfg.teacher or out / "teacher.pt"), out / "state.pt", out / "student.pt"
-    if not state and saved.exists() and not (student.exists() and student.stat().st_mtime >= saved.stat().st_mtime):
+    path, saved, done = Path(cfg.teacher or out / "teacher.pt"), out / "state.pt", out / "student.pt"
+    if not state and saved.exists() and not (done.exists() and done.stat().st_mtime >= saved.stat().st_mtime):
         raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
     if not cfg.teacher and cfg.preset != "digits":
         raise UserError("name the teacher's checkpoint with --teacher FILE")
@@ -1442,12 +1477,16 @@ def distil_command(cfg, state):
     if cfg.n_class > teacher.num_classes:
         raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
     positives = load_positives(rae, checkpoint, teacher.num_classes, cfg)
-    ema, distilled = train(copy.deepcopy(teacher).to(cfg.device), positives, cfg, state)
+    student = copy.deepcopy(teacher).to(cfg.device)
+    if cfg.init == "scratch":
+        torch.manual_seed(cfg.seed)
+        student.initialise()
+    ema, distilled = train(student, positives, cfg, state)
     if rank() > 0:
         return
     parts = {"ema": ema.state_dict(), "config": dataclasses.asdict(cfg)}
     parts |= {"rae": checkpoint["rae"]} if "rae" in checkpoint else {}
-    write_atomically(student, lambda f: torch.save(parts, f))
+    write_atomically(done, lambda f: torch.save(parts, f))
     metrics = report(teacher.to(cfg.device), ema, rae, positives, cfg)
     total = time.perf_counter() - began
     metrics |= {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "seconds": {"distil": distilled, "total": total},
