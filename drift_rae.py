@@ -19,7 +19,6 @@ Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samp
 """
 import argparse
 import copy
-import csv
 import dataclasses
 import gc
 import hashlib
@@ -33,17 +32,17 @@ import signal
 import sys
 import time
 import weakref
+import zipfile
 from contextlib import contextmanager, nullcontext
 from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval_fid import UserError, frechet_distance, mean_and_covariance, precision_recall, write_atomically
+from eval_fid import UserError, explain, frechet_distance, mean_and_covariance, precision_recall, write_atomically
 
 # ----------------------------------------------------------------------------------------------------
 # Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
@@ -85,7 +84,8 @@ def signed_weights(logits, n_neg, self_mask=True, y_softmax=False):
     """Weights w of the field V = Σ w·target: + on positives, − on negatives; each row sums to 0.
 
     logits [...,N,K]: −distance/τ to n_neg negatives, then to the positives; overwritten if self_mask.
-    Since a row sums to 0, Σ w·(target − x) = Σ w·target: the −x_j of Eq. (5) needs no line of its own.
+    Since a row sums to 0, Σ w·(target − x) = Σ w·target: the −x_j of Eq. (5) needs no line of its own. The weights are
+    those of Prop. 1 with l = 1; its field divides each displacement by its length, Eq. (5) and (11) do not.
     """
     if self_mask:  # k ≠ j in Eq. (5): the first N negatives are the queries themselves
         logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)
@@ -138,7 +138,7 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
     """Σ_τ Ṽ_τ at x [C,N,D], its unit of length (scalar), and what is worth logging (see drift_loss)."""
     (C, N, D), T, n_neg = x.shape, len(temperatures), x.shape[1] + extra_neg.shape[1]
     targets = torch.cat([x, extra_neg, pos], 1)                             # [C,K,D]
-    dist = distances(x, targets)                                            # [C,N,K]
+    dist = distances(x, targets)                 # [C,N,K]; S is their mean, self-distances included
     # S, the unit of τ and n: one for all tokens, as in Deng et al.'s code, or one a token
     scale = (dist.mean((1, 2), keepdim=True) if token_scale else dist.mean().view(1, 1, 1)).clamp(min=1e-3)
     tau = scale.unsqueeze(1) * torch.tensor(temperatures, device=x.device, dtype=x.dtype).view(T, 1, 1)
@@ -655,12 +655,10 @@ def load_teacher(path, checkpoint=None):
     checkpoint: what path holds, if it has been read already.
     """
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
-    try:
+    with explain(f"{path} is not a DiT^DH checkpoint", KeyError, IndexError, ValueError, RuntimeError, AttributeError):
         sd = checkpoint.get("ema", checkpoint).items()
         sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in sd}     # of DistributedDataParallel, torch.compile
         model = DiTDH.from_state_dict(sd)
-    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{path} is not a DiT^DH checkpoint: {' '.join(str(e).split())[:300]}") from e
     if bad := [k for k, v in model.state_dict().items() if not v.isfinite().all()]:
         raise UserError(f"{path} holds NaN or infinite weights, first in {bad[0]}: take an earlier checkpoint")
     return model.eval()
@@ -673,11 +671,9 @@ def load_encoder(cfg):
     if path.exists():
         sd = read_checkpoint(path)
     else:
-        try:
+        with explain(f"there is no encoder at {path}, nor could it be downloaded: run curl --create-dirs -o {path} {url}",
+                     OSError):
             sd = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        except OSError as e:
-            raise UserError(f"there is no encoder at {path}, nor could it be downloaded ({e}): run curl --create-dirs "
-                            f"-o {path} {url}") from e
     patch, (_, positions, dim) = sd["patch_embed.proj.weight"].shape[-1], sd["pos_embed"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks."))
     encoder = ViT(math.isqrt(positions) * patch, patch, dim, depth, max(1, dim // 64), sd["register_tokens"].shape[1])
@@ -706,16 +702,16 @@ def load_rae(checkpoint, cfg):
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 @contextmanager
@@ -728,29 +724,10 @@ def process_group(cfg):
         torch.cuda.set_device(cfg.device)
         torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in fp32; never in the field
     if not alone:
-        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+        distributed.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
     yield
     if not alone:  # not after an error: the others would wait, and torchrun ends them
-        dist.destroy_process_group()
-
-
-class Progress:
-    """Which blocks of a long job are done, a byte each in a file: so it can go on, with any number of ranks.
-
-    todo: the blocks left for this rank. done[b] = 1 marks one.
-    """
-
-    def __init__(self, path, blocks, job):
-        """job: what is being made, as text; a file of another job is refused."""
-        key = hashlib.sha256(job.encode()).hexdigest().encode()
-        if rank() == 0 and not path.exists():
-            write_atomically(path, lambda f: f.write(key + bytes(blocks)))
-        barrier()
-        if path.read_bytes()[:64] != key:
-            raise UserError(f"{path} is of a job with other flags or files: finish that one, or remove {path}")
-        self.done = np.memmap(path, np.uint8, "r+", offset=64, shape=(blocks,))
-        self.todo = np.flatnonzero(self.done == 0)[rank()::world()]
-        barrier()                                       # nobody marks a block before all have read what is left
+        distributed.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -794,43 +771,70 @@ def encode(rae, x, cfg):
 class Images(Dataset):
     """A folder of images, a subfolder a class. Item (indices [P], flip [P]) -> (uint8 [P,H,W,3], what was unreadable).
 
-    The place of an unreadable image is taken by another one of the item, if there is one.
+    The readable ones come first, in order; then they are repeated until there are P.
     """
 
     def __init__(self, folder, size):
-        try:
+        with explain(f"--data {folder} is no folder with a subfolder of images for each class", FileNotFoundError):
             found = torchvision.datasets.ImageFolder(folder)
-        except FileNotFoundError as e:
-            raise UserError(f"--data {folder}: {str(e).splitlines()[0]}") from e
-        self.paths, self.labels, self.size = [path for path, _ in found.samples], np.array(found.targets), size
-        self.names = [os.path.relpath(path, folder) for path in self.paths]
+        self.labels, self.size, self.unreadable = np.array(found.targets), size, set()
+        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])     # one array: workers can share it
 
     def __getitem__(self, item):
         images, unreadable = [], []
         for i, flip in zip(*item):
             try:
-                with Image.open(self.paths[i]) as image:
+                with Image.open(os.fsdecode(self.paths[i])) as image:
                     image = np.asarray(center_crop(image.convert("RGB"), self.size))
             except Exception as e:  # Pillow raises half a dozen kinds; one bad file must not end a long run
-                unreadable.append(f"{self.paths[i]}: {e}")
+                unreadable.append(f"{os.fsdecode(self.paths[i])}: {e}")
             else:
                 images.append(image[:, ::-1] if flip else image)
-        images = [images[k % len(images)] for k in range(len(item[0]))] if images else [np.zeros((0, 0, 3), np.uint8)]
-        return torch.from_numpy(np.stack(images)), unreadable
+        images = [images[k % len(images)] for k in range(len(item[0]))] if images else np.zeros((0, 0, 0, 3), np.uint8)
+        return torch.from_numpy(np.stack(images) if len(images) else images), unreadable
 
 
 class Latents(Dataset):
-    """Latents [n,D,h,w] in memory or in a memory-mapped file. Item (indices [P], flip) -> ([P,D,h,w], [])."""
+    """Latents [n,D,h,w]: an array, or the ClassFiles of a cache. Item (indices [P], flip) -> ([P,D,h,w], [])."""
 
     def __init__(self, array, labels):
-        self.array, self.labels = array, labels
+        self.array, self.labels, self.unreadable = array, labels, set()
 
     def __getitem__(self, item):
-        return self.array[torch.from_numpy(item[0])], []
+        return torch.from_numpy(self.array[item[0]]), []
+
+
+class ClassFiles:
+    """A cache as one array whose rows lie class after class; an index [P] must stay within one class."""
+
+    def __init__(self, folder, counts):
+        self.folder, self.ends = Path(folder), np.cumsum(counts)
+
+    def path(self, c):
+        return self.folder / f"{c:05d}.npy"
+
+    def __getitem__(self, index):
+        c = int(np.searchsorted(self.ends, index[0], side="right"))
+        return np.load(self.path(c), mmap_mode="r")[index - self.ends[c]]           # from the end: negative
+
+
+def read(source, items, cfg, workers):
+    """Yields what source holds for each of the items; worker processes read ahead, names of bad files are printed."""
+    workers = min(workers, os.cpu_count())
+    for x, unreadable in DataLoader(source, None, sampler=items, num_workers=workers,
+                                    multiprocessing_context="fork" if workers else None,
+                                    pin_memory=cfg.device.startswith("cuda") and workers > 0):
+        for line in set(unreadable) - source.unreadable:
+            source.unreadable.add(line)
+            tqdm.write(f"unreadable image, skipped ({len(source.unreadable)} so far): {line}", sys.stderr)
+        if not len(x):
+            raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
+                            "mend or remove them")
+        yield x
 
 
 class Positives:
-    """Real images of one class at a time (§3.3). What is drawn depends on (seed, step, class) alone.
+    """Real images of one class at a time (§3.3). What is drawn depends on the seed, the step and the class alone.
 
     source: Images or Latents. images: uint8 [n,H,W,3], where they are few and at hand.
     """
@@ -841,7 +845,7 @@ class Positives:
             raise UserError(f"the images have {self.labels.max() + 1} classes, the teacher has {num_classes}: "
                             "give the data it was trained on")
         self.members = [np.flatnonzero(self.labels == c) for c in range(num_classes)]
-        few, self.unreadable = [c for c in range(num_classes) if len(self.members[c]) < cfg.n_pos], set()
+        few = [c for c in range(num_classes) if len(self.members[c]) < cfg.n_pos]
         if few and images is not None:
             raise UserError(f"class {few[0]} has {len(self.members[few[0]])} images and --n-pos asks for {cfg.n_pos}: "
                             "lower --n-pos")
@@ -851,95 +855,78 @@ class Positives:
 
     def draw(self, step, c):
         """(indices [P], which to flip [P]) of class c."""
-        _, rng = seeds(step, c, self.cfg)
-        index = rng.choice(self.members[c], self.cfg.n_pos, replace=len(self.members[c]) < self.cfg.n_pos)
-        return index, rng.random(self.cfg.n_pos) < 0.5 * self.cfg.flip
-
-    def read(self, items):
-        """What the source holds for each of the items; for images, worker processes read ahead."""
-        workers = 0 if self.images is not None else min(self.cfg.workers, os.cpu_count())
-        for x, unreadable in DataLoader(self.source, None, sampler=items, num_workers=workers,
-                                        multiprocessing_context="fork" if workers else None,
-                                        pin_memory=self.cfg.device.startswith("cuda") and workers > 0):
-            for line in set(unreadable) - self.unreadable:
-                self.unreadable.add(line)
-                tqdm.write(f"unreadable image, skipped ({len(self.unreadable)} so far): {line}", sys.stderr)
-            if not x.numel():
-                raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
-                                "mend or remove them")
-            yield x
+        rng, n = random(self.cfg, step, c + 1, 1), self.cfg.n_pos
+        return rng.choice(self.members[c], n, replace=len(self.members[c]) < n), rng.random(n) < 0.5 * self.cfg.flip
 
     def stream(self, pairs):
         """Yields latents [P,D,h,w] for each (step, class) of pairs."""
-        for x in self.read(starmap(self.draw, pairs)):
+        workers = self.cfg.workers if self.images is None else 0
+        for x in read(self.source, starmap(self.draw, pairs), self.cfg, workers):
             yield encode(self.rae, x, self.cfg)
 
 
-def cache(source, rae, num_classes, cfg):
-    """Encode all Images to --cache, shared over the ranks: latents.f16 [n,D,h,w] and what it holds in cache.json."""
-    folder, shape = Path(cfg.cache), [len(source.labels), *rae.mean.shape]
-    part, info, flip = folder / "latents.part", folder / "cache.json", np.random.default_rng(cfg.seed).random(shape[0])
-    flip = flip < 0.5 * cfg.flip
-    files = hashlib.sha256("\n".join(source.names).encode()).hexdigest()
-    about = {"shape": shape, "images_per_class": np.bincount(source.labels).tolist(), "files": files,
-             "flipped": int(flip.sum())}
+def cache(source, rae, cfg):
+    """Encode all Images into --cache, a file of latents [n,D,h,w] in half precision for each class -> Latents.
+
+    The ranks share the classes; what is there already is not made again.
+    """
+    counts, flip = np.bincount(source.labels), random(cfg, 0, 0, 2).random(len(source.labels)) < 0.5 * cfg.flip
+    files, info = ClassFiles(cfg.cache, counts), Path(cfg.cache, "cache.json")
+    of_images, of_encoder = hashlib.sha256(), hashlib.sha256()
+    for path in source.paths:
+        of_images.update(os.path.relpath(path, os.fsencode(cfg.data)) + b"\n")
+    for tensor in (*rae.encoder.parameters(), rae.mean, rae.var):
+        of_encoder.update(tensor.cpu().numpy())
+    about = {"shape": [len(flip), *rae.mean.shape], "images_per_class": counts.tolist(), "dtype": cfg.dtype,
+             "flip_seed": cfg.seed if cfg.flip else None, "images": of_images.hexdigest(), "encoder": of_encoder.hexdigest()}
     if rank() == 0 and not info.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        need, free = 2 * math.prod(shape), shutil.disk_usage(folder).free
-        print(f"{folder} will hold {need / 1e9:.1f} GB of latents; {free / 1e9:.1f} GB are free")
+        info.parent.mkdir(parents=True, exist_ok=True)
+        need, free = 2 * math.prod(about["shape"]), shutil.disk_usage(info.parent).free
+        print(f"{cfg.cache} will hold {need / 1e9:.1f} GB of latents; {free / 1e9:.1f} GB are free")
         if need > free:
-            raise UserError(f"--cache {folder}: {need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: take another "
+            raise UserError(f"--cache {cfg.cache}: {need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: take another "
                             "disk, or leave --cache out and encode on the fly")
-        with open(part, "wb") as f:
-            f.truncate(need)
         write_atomically(info, lambda f: f.write(json.dumps(about).encode()))
     barrier()
     if json.loads(info.read_text()) != about:
-        raise UserError(f"{folder} is the cache of other images, or of another --flip or --seed: name an empty folder")
-    if (folder / "latents.f16").exists():
-        return
-    reader = Positives(source, num_classes, cfg, rae)
-    blocks = [b for members in reader.members for b in np.array_split(members, -(-len(members) // 256))]  # of one class
-    progress = Progress(folder / "progress", len(blocks), json.dumps(about))
-    out = np.memmap(part, np.float16, "r+", shape=tuple(shape))
-    items = [(blocks[b], flip[blocks[b]]) for b in progress.todo]
-    for b, x in zip(tqdm(progress.todo, desc="encode", disable=rank() > 0), reader.read(items)):
-        out[blocks[b]] = encode(rae, x, cfg).half().cpu().numpy()
-        progress.done[b] = 1
+        raise UserError(f"{cfg.cache} is the cache of other images, another encoder, --dtype, --flip or --seed: name an "
+                        "empty folder, or use it as it is with --latents")
+    missing = [c for c in range(len(counts)) if not files.path(c).exists()][rank()::world()]
+    barrier()                                           # nobody adds a file before all have seen what is missing
+    parts = {c: np.array_split(np.flatnonzero(source.labels == c), math.ceil(counts[c] / 256)) for c in missing}
+    images = read(source, [(part, flip[part]) for c in missing for part in parts[c]], cfg, cfg.workers)
+    for c in tqdm(missing, desc="encode classes", disable=rank() > 0):
+        x = torch.cat([encode(rae, next(images), cfg).half().cpu() for _ in parts[c]])
+        write_atomically(files.path(c), lambda f: np.save(f, x.numpy()))
     barrier()
-    if rank() == 0:
-        os.replace(part, folder / "latents.f16")
-    barrier()
+    return Latents(files, source.labels)
 
 
-def cached(folder):
-    """The Latents of a finished cache."""
-    try:
+def cached(folder, rae):
+    """The Latents of a finished cache, without the images."""
+    with explain(f"{folder} is no cache of latents: make it with --data DIR --cache {folder}", OSError, ValueError, KeyError):
         about = json.loads(Path(folder, "cache.json").read_text())
-        array = np.memmap(Path(folder, "latents.f16"), np.float16, "c", shape=tuple(about["shape"]))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder} is no finished cache of latents: make it with --data DIR --cache {folder} ({e})") from e
-    counts = about["images_per_class"]
-    return Latents(torch.from_numpy(array), np.repeat(np.arange(len(counts)), counts))
+        counts, shape = about["images_per_class"], about["shape"][1:]
+    if shape != list(rae.mean.shape):
+        raise UserError(f"{folder} holds latents of shape {shape}, the autoencoder makes {list(rae.mean.shape)}: they do "
+                        "not belong together")
+    files = ClassFiles(folder, counts)
+    if missing := [c for c in range(len(counts)) if not files.path(c).exists()]:
+        raise UserError(f"{folder} is an unfinished cache, {len(missing)} classes are missing: finish it with --cache")
+    return Latents(files, np.repeat(np.arange(len(counts)), counts))
 
 
 def load_positives(rae, checkpoint, num_classes, cfg):
     """From --data, its --cache, --latents, or the few images that our own teacher's file brings."""
     if cfg.data:
         source = Images(cfg.data, rae.decoder.grid * rae.decoder.patch_size)
-        if not cfg.cache:
-            return Positives(source, num_classes, cfg, rae)
-        cache(source, rae, num_classes, cfg)
-    if cfg.cache or cfg.latents:
-        source = cached(cfg.cache or cfg.latents)
-        if source.array.shape[1:] != rae.mean.shape:
-            raise UserError(f"{cfg.cache or cfg.latents} holds latents of shape {list(source.array.shape[1:])}, the "
-                            f"autoencoder makes {list(rae.mean.shape)}: they do not belong together")
-        return Positives(source, num_classes, cfg, rae)
+        return Positives(cache(source, rae, cfg) if cfg.cache else source, num_classes, cfg, rae)
+    if cfg.latents:
+        return Positives(cached(cfg.latents, rae), num_classes, cfg, rae)
     if "images" not in checkpoint:
         raise UserError("this teacher's file brings no images: name real ones with --data FOLDER, in a subfolder a class")
-    images = checkpoint["images"]
-    return Positives(Latents(encode(rae, images, cfg), checkpoint["labels"].numpy()), num_classes, cfg, rae, images)
+    latents = Latents(encode(rae, checkpoint["images"], cfg).cpu().numpy(), checkpoint["labels"].numpy())
+    return Positives(latents, num_classes, cfg, rae, checkpoint["images"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -951,28 +938,27 @@ def tokens(latents):
     return latents.flatten(2).permute(2, 0, 1)
 
 
-def seeds(step, c, cfg):
-    """(seed of the noise, generator of the positives) for one class of one step.
+def random(cfg, *what):
+    """A generator of its own for each thing that is drawn.
 
-    All that is random in training depends on (seed, step, class): so neither a break nor the number of ranks changes it.
+    what: (step, 0, 1) the classes of a step, (step, class + 1, 1) the positives, (step, class + 1, 0) noise, (i, 0, 3) the
+    noise of sample i, (0, 0, 2) the flips of a cache. So neither a break nor the number of ranks changes anything.
     """
-    rng = np.random.default_rng([cfg.seed, step, c])
-    return int(rng.integers(2**63)), rng
+    return np.random.default_rng([cfg.seed, *what])
 
 
 def classes_of(step, num_classes, cfg):
     """The classes of a step that are this rank's."""
-    drawn = np.random.default_rng([cfg.seed, step]).choice(num_classes, cfg.n_class, replace=False)
-    return drawn[rank()::world()].tolist()
+    return random(cfg, step, 0, 1).choice(num_classes, cfg.n_class, replace=False)[rank()::world()].tolist()
 
 
 def class_gradient(student, pos, c, step, cfg):
     """Add the gradient of Eq. (10) for one class to the student's; returns what drift_loss says. pos [P,D,h,w]."""
-    generator = torch.Generator(cfg.device).manual_seed(seeds(step, c, cfg)[0])
+    generator = torch.Generator(cfg.device).manual_seed(int(random(cfg, step, c + 1, 0).integers(2**63)))
     z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((len(z),), c, device=cfg.device)
     with autocast(cfg):
-        gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
+        gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])   # first: autocast would keep no_grad's copies of weights
         with torch.no_grad():  # modification 3: detached negatives
             extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
     loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), cfg.temperatures, perturb=cfg.perturb,
@@ -994,7 +980,7 @@ def gradient(student, latents, classes, step, cfg):
             info = class_gradient(student, next(latents), c, step, cfg)
         total = total + torch.stack([v.double() for v in info.values()])
     if world() > 1:
-        dist.all_reduce(total)
+        distributed.all_reduce(total)
     norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).item()  # Table 8: 1.0
     if not math.isfinite(norm):  # before the optimizer moves a weight: state.pt stays good
         raise UserError(f"the loss or its gradient became NaN at step {step}: start anew with a lower --lr, or look at "
@@ -1029,18 +1015,14 @@ class Log:
     """OUT/log.csv, a row a step; a resumed run first drops the rows that it will write again."""
 
     def __init__(self, path, start):
-        self.kept = path.read_text().splitlines()[:start + 1] if start and path.exists() else []
-        self.file, self.writer = open(path, "w", newline=""), None
-        self.file.writelines(line + "\n" for line in self.kept)
-        self.file.flush()
+        kept = path.read_text().splitlines(keepends=True)[:start + 1] if start and path.exists() else []
+        write_atomically(path, lambda f: f.write("".join(kept).encode()))
+        self.file, self.header = open(path, "a"), not kept
 
     def __call__(self, row):
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, row, lineterminator="\n")
-            if not self.kept:
-                self.writer.writeheader()
-        self.writer.writerow(row)
-        self.file.flush()
+        if self.header:
+            print(*row, sep=",", file=self.file)
+        self.header = print(*row.values(), sep=",", file=self.file, flush=True)
 
 
 @contextmanager
@@ -1059,8 +1041,8 @@ def stop_after_step():
     def stopped():
         flag = torch.tensor(float(bool(stop)))
         if world() > 1:  # all ranks must stop after the same step
-            flag = flag.cuda() if dist.get_backend() == "nccl" else flag
-            dist.all_reduce(flag)
+            flag = flag.cuda() if distributed.get_backend() == "nccl" else flag
+            distributed.all_reduce(flag)
         return flag.item() > 0
 
     before = {s: signal.signal(s, handle) for s in signals}
@@ -1081,12 +1063,12 @@ def train(student, positives, cfg, state=None):
     start, seconds = 0, 0.0
     if state:
         start, seconds = state["step"], state["seconds"]
-        try:
+        with explain(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with",
+                     RuntimeError, ValueError, KeyError):
             student.load_state_dict(state["student"])
             ema.load_state_dict(state["ema"])
             opt.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise UserError(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with") from e
+        state.clear()                                   # gigabytes that the caller would hold for the whole run
     student.grad_checkpoint = cfg.grad_checkpoint
     net = ThroughPixels(student, positives.rae) if cfg.decode_encode else student
     net = torch.compile(net, dynamic=False) if cfg.compile else net
@@ -1101,7 +1083,7 @@ def train(student, positives, cfg, state=None):
             lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
             row, norm = gradient(net, latents, classes, step, cfg)
             opt.step()
-            opt.zero_grad()
+            opt.zero_grad(set_to_none=False)            # DistributedDataParallel's buckets stay the gradients
             move_average(ema, student, ema_decay(step, cfg))
             seconds, stop = time.perf_counter() - began, stopped()
             if log:
@@ -1130,11 +1112,11 @@ def generate(sampler, rae, labels, cfg, blocks=None):
     sampler(z, y) -> latents. Sample i starts from noise of its own seed, whatever the batch or rank it is in.
     blocks: the numbers of the batches to make (default: all).
     """
-    batches, generator = torch.arange(len(labels)).split(cfg.batch_size), torch.Generator()
+    batches = torch.arange(len(labels)).split(cfg.batch_size)
     for b in range(len(batches)) if blocks is None else blocks:
         y = labels[batches[b]].to(cfg.device)
-        z = torch.stack([torch.randn(rae.mean.shape, generator=generator.manual_seed((cfg.seed << 32) + i))
-                         for i in batches[b].tolist()]).to(cfg.device)
+        z = np.stack([random(cfg, i, 0, 3).standard_normal(rae.mean.shape, np.float32) for i in batches[b].tolist()])
+        z = torch.from_numpy(z).to(cfg.device)
         began = time.perf_counter()
         with autocast(cfg):
             images = to_uint8(rae.decode(sampler(z, y).float()))
@@ -1144,44 +1126,55 @@ def generate(sampler, rae, labels, cfg, blocks=None):
 def sample_command(cfg):
     """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs.
 
-    Shared over the ranks, memory independent of N; the same command goes on where it was interrupted.
+    Shared over the ranks, memory independent of N. Each batch is a file until all are there, so the same command goes on
+    where it was interrupted.
     """
-    to, student = Path(cfg.to), Path(cfg.student or Path(cfg.out, "student.pt"))
-    pixels, log = (to.with_name(to.name + end) for end in (".part", ".progress"))
-    if to.is_dir() and any(to.iterdir()) and not log.exists():
+    to, student = Path(cfg.to).absolute(), Path(cfg.student or Path(cfg.out, "student.pt"))
+    if to.is_dir() and any(to.iterdir()):
         raise UserError(f"--to {to} is a folder with files in it: name a new one, so that old images are not mixed in")
-    (to.parent if to.suffix == ".npz" else to).mkdir(parents=True, exist_ok=True)   # before the work, not after
+    to.parent.mkdir(parents=True, exist_ok=True)        # before the work, not after
     model, rae, _ = load_pair(student, cfg)
-    try:
+    with explain(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}", ValueError):
         classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(model.num_classes))
-    except ValueError as e:
-        raise UserError(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}") from e
     if classes.min() < 0 or classes.max() >= model.num_classes:
         raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {model.num_classes - 1}")
     labels = classes[torch.arange(cfg.sample) % len(classes)]  # §4: as many of each class
-    size = rae.decoder.grid * rae.decoder.patch_size
-    job = [str(student), student.stat().st_mtime_ns, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
-    progress = Progress(log, -(-cfg.sample // cfg.batch_size), json.dumps(job))
-    if to.suffix == ".npz":
-        with open(pixels, "ab") as f:
-            f.truncate(cfg.sample * size * size * 3)
-        array = np.memmap(pixels, np.uint8, "r+", shape=(cfg.sample, size, size, 3))
-    for b, (which, images, _) in zip(tqdm(progress.todo, desc="sample", disable=rank() > 0),
-                                     generate(lambda z, y: one_step(model, z, y), rae, labels, cfg, progress.todo)):
-        if to.suffix == ".npz":
-            array[which.numpy()] = images.numpy()
-        else:
-            for i, image in zip(which.tolist(), images.numpy()):
-                write_atomically(Path(to, f"{i:06d}_class{labels[i]}.png"),
-                                 lambda f: Image.fromarray(image).save(f, format="png"))
-        progress.done[b] = 1
+    job = [student.stat().st_mtime_ns, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
+    part = to.with_name(f"{to.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]}.part")
+    part.mkdir(exist_ok=True)
+    files = [part / f"{b}.npy" for b in range(math.ceil(cfg.sample / cfg.batch_size))]
+    todo = [b for b, file in enumerate(files) if not file.exists()][rank()::world()]
+    barrier()                                           # nobody adds a file before all have seen what is missing
+    batches = generate(lambda z, y: one_step(model, z, y), rae, labels, cfg, todo)
+    for b, (_, images, _) in zip(tqdm(todo, desc="sample", disable=rank() > 0), batches):
+        write_atomically(files[b], lambda f: np.save(f, images.numpy()))
     barrier()
     if rank() == 0:
-        if to.suffix == ".npz":
-            write_atomically(to, lambda f: np.savez(f, arr_0=array, arr_1=labels.numpy()))
-            pixels.unlink()
-        log.unlink()
+        save_npz(to, files, labels) if to.suffix == ".npz" else save_pngs(to, files, labels, part / "png")
+        shutil.rmtree(part)
         print(f"{cfg.sample} images in {cfg.to}")
+
+
+def save_npz(to, files, labels):
+    """ADM's layout, arr_0 uint8 [N,H,W,3] and arr_1 labels [N], from batches in files, one in memory at a time."""
+    def write(f):
+        with zipfile.ZipFile(f, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+                np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False,
+                                                           "shape": (len(labels), *np.load(files[0]).shape[1:])})
+                for file in files:
+                    out.write(np.load(file))
+            with archive.open("arr_1.npy", "w") as out:
+                np.lib.format.write_array(out, labels.numpy())
+    write_atomically(to, write)
+
+
+def save_pngs(to, files, labels, folder):
+    """A PNG an image, its class in its name; the folder is renamed to `to` when it is complete."""
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(image for file in files for image in np.load(file)):
+        Image.fromarray(image).save(folder / f"{i:06d}_class{labels[i]}.png")
+    os.replace(folder, to)
 
 
 def pixel_metrics(images, labels, real, real_labels):
@@ -1222,7 +1215,8 @@ def report(teacher, student, rae, positives, cfg):
     """
     k, of = min(8, cfg.n_pos), range(min(10, len(positives.members)))       # images a class in samples.png
     if positives.images is None:
-        real = torch.cat([x[:k] for x in positives.read([positives.draw(0, c) for c in of])])
+        few = [[part[:k] for part in positives.draw(0, c)] for c in of]
+        real = torch.cat([*read(positives.source, few, cfg, 0)])
         real = real if real.dtype == torch.uint8 else to_uint8(rae.decode(real.to(cfg.device).float()))
         labels = torch.tensor(of).repeat_interleave(k)
     else:
@@ -1316,7 +1310,8 @@ def random_pair(cfg):
         model, checkpoint = DiTDH(16, 768, (1152, 2048), (28, 2), (16, 16), 1000), {}
         rae = RAE(ViT(518, 14, 768, 12, 12), Decoder(768, 1152, 28, 16, 4096, 16, 16), torch.zeros(768, 16, 16),
                   torch.ones(768, 16, 16), 224)
-    size = None if "images" in checkpoint or cfg.cache or cfg.latents else rae.decoder.grid * rae.decoder.patch_size
+    at_hand = cfg.cache or cfg.latents or "images" in checkpoint and not cfg.data
+    size = None if at_hand else rae.decoder.grid * rae.decoder.patch_size
     return model.eval().to(cfg.device), rae.to(cfg.device), size
 
 
@@ -1349,7 +1344,7 @@ def plan_command(cfg):
     for name, amount in (memory | {"together": (need := sum(memory.values()))}).items():
         print(f"{name:25}{amount / 1e9:10.3f} GB")
     cuda = cfg.device.startswith("cuda")
-    have = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    have = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         print(f"{cfg.device} has {have / 1e9:.1f} GB: too little. Try --grad-checkpoint, --dtype bf16 or a smaller --n-neg")
         return
@@ -1378,11 +1373,9 @@ def load_pair(path, cfg):
     """(generator, RAE, checkpoint), on the device, or a UserError if they do not belong together."""
     checkpoint = read_checkpoint(path)
     model = load_teacher(path, checkpoint).to(cfg.device)
-    try:
+    with explain(f"the autoencoder of {path if 'rae' in checkpoint else f'--models {cfg.models}'} does not load", KeyError,
+                 TypeError, ValueError, RuntimeError, AttributeError):
         rae = load_rae(checkpoint, cfg).to(cfg.device)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        where = path if "rae" in checkpoint else f"--models {cfg.models}"
-        raise UserError(f"the autoencoder of {where} does not load: {' '.join(str(e).split())[:300]}") from e
     shape = [model.in_channels, model.input_size, model.input_size]
     if list(rae.mean.shape) != shape:
         raise UserError(f"{path} makes latents of shape {shape}, the autoencoder has {list(rae.mean.shape)}: "
@@ -1434,10 +1427,8 @@ def check(cfg):
         raise UserError(f"--n-class {cfg.n_class}: each of the {ranks} processes needs a class a step")
     if cfg.latents and (cfg.data or cfg.cache) or cfg.cache and not cfg.data:
         raise UserError("--latents DIR stands in place of --data; --cache DIR goes with --data")
-    try:
+    with explain(f"--device {cfg.device} is not there", RuntimeError, AssertionError):
         torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {cfg.device}: {str(e).splitlines()[0]}") from e
 
 
 def resume(cfg, given):
@@ -1462,6 +1453,9 @@ def distil_command(cfg, state):
     path, saved, done = Path(cfg.teacher or out / "teacher.pt"), out / "state.pt", out / "student.pt"
     if not state and saved.exists() and not (done.exists() and done.stat().st_mtime >= saved.stat().st_mtime):
         raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
+    barrier()
+    if not state and rank() == 0:
+        saved.unlink(missing_ok=True)                   # of a finished run: --resume must not take it for this one's
     if not cfg.teacher and cfg.preset != "digits":
         raise UserError("name the teacher's checkpoint with --teacher FILE")
     if not cfg.teacher and not path.exists() and rank() == 0:
