@@ -19,13 +19,13 @@ target x_j + Σ w·y − Σ w·x then sits near Σ w·y: at the origin. Two ways
 - "identity path": G(z) = z + MLP(z), z in R^D, as scattered as the data. Both centres vanish, nothing collapses;
   but the field that is left says little about the moons.
 """
-from argparse import RawDescriptionHelpFormatter
 import json
 import math
 import multiprocessing
 import signal
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import Parser, UserError, distances, drift_loss, signed_weights, write_atomically  # noqa: E402
 
 SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
-N, WIDTH, NOISE, LR = 128, 128, 8, 4e-3           # samples and positives a step; the generator's layers and input
+N, WIDTH, NOISE, LR = 128, 256, 8, 4e-3           # samples and positives a step; the generator's layers and input
 TEMPERATURES = (0.02, 0.05, 0.2)                  # Table 8
 METHODS = {"drift-rae": {}, "baseline": {"y_softmax": True, "perturb": False}, "perturb only": {"y_softmax": True},
            "single softmax only": {"perturb": False}, "features": {}, "identity path": {}}
@@ -103,138 +103,135 @@ def run_cell(cell):
     """
     regime, dim, seed, method, steps, n_shots = cell
     torch.manual_seed(seed)
-    g, still = (torch.Generator().manual_seed(seed + s) for s in (0, 10**6))
-    frame, sigma = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q, SIGMA[regime]
-    plane, net = frame[:, :2], Generator(dim, method == "identity path")
-    phi = concentrating_map(frame, sigma, g) if method == "features" else None
+    g, g_shot = (torch.Generator().manual_seed(seed + s) for s in (0, 10**6))   # pictures leave the numbers alone
+    frame = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q
+    net, plane = Generator(dim, method == "identity path"), frame[:, :2]
+    phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else torch.eye(dim)    # [D,k]
 
-    def draw(n):
-        return embed(moons(n, g), frame, sigma, g)
+    def draw(n, g):
+        return embed(moons(n, g), frame, SIGMA[regime], g)
 
-    def loss(x, y):
-        if phi is not None:  # the gradient reaches the generator through φ
-            x, y = x @ phi, y @ phi
-        value, info = drift_loss(x[None], y[None], generator=g, temperatures=TEMPERATURES,
+    def loss(x, g):  # in φ's space: the gradient reaches the generator through φ
+        value, info = drift_loss((x @ phi)[None], (draw(N, g) @ phi)[None], temperatures=TEMPERATURES, generator=g,
                                  **METHODS[method])
         return value.sum(), info
 
-    def shot(step):
-        x = net(z_still).detach().requires_grad_()
-        value, _ = loss(x, draw(N))
-        return step, x.detach() @ plane, -torch.autograd.grad(value, x)[0] @ plane
-
-    z_still = torch.randn(N, net.noise, generator=still)                    # the same in all frames of the GIF
-    when = {round(steps * (i / max(n_shots - 1, 1))**1.5) for i in range(n_shots)}
+    z_shot = torch.randn(N, net.noise, generator=g_shot)                    # the same in all frames of the GIF
+    when = {round(steps * (1 - i / max(n_shots - 1, 1))**1.5) for i in range(n_shots)}
     opt = torch.optim.AdamW(net.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - 0.99 * t / steps)
     shots = []
-    for step in range(steps):
+    for step in range(steps + 1):
         if step in when:
-            shots.append(shot(step))
-        value, _ = loss(net(torch.randn(N, net.noise, generator=g)), draw(N))
-        value.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        schedule.step()
-    if steps in when:
-        shots.append(shot(steps))
-
+            x = net(z_shot).detach().requires_grad_()
+            push = -torch.autograd.grad(loss(x, g_shot)[0], x)[0]
+            shots.append((step, x.detach() @ plane, push @ plane))
+        if step < steps:
+            loss(net(torch.randn(N, net.noise, generator=g)), g)[0].backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
     with torch.no_grad():
-        x, y = net(torch.randn(N, net.noise, generator=g)), draw(N)
-        info = loss(x, y)[1]                                                # in φ's space, if there is one
-        a, b = (x, y) if phi is None else (x @ phi, y @ phi)
-        logits = torch.cat([distances(a[None], b[None]) / (-info["scale"] * t) for t in TEMPERATURES])
-        centre = signed_weights(logits, 0, self_mask=False) @ b             # Σ w·y, [T,N,D]
-        fake, real, again = (p @ plane for p in (net(torch.randn(EVALUATE, net.noise, generator=g)),
-                                                 draw(EVALUATE), draw(EVALUATE)))
-    row = {"regime": regime, "dim": dim, "seed": seed, "method": method,
-           "energy_distance": energy_distance(fake, real), "energy_floor": energy_distance(again, real),
-           "spread_ratio": (fake.std(0).mean() / real.std(0).mean()).item(),
-           **{k: info[k].item() for k in ("v_pos", "v_neg", "effective_positives")},
-           "attraction": (centre.norm(dim=-1).mean() / b.square().sum(-1).mean().sqrt()).item()}
+        info = loss(net(torch.randn(N, net.noise, generator=g)), g)[1]
+        x = net(torch.randn(EVALUATE, net.noise, generator=g))
+        y, again = draw(EVALUATE, g), draw(EVALUATE, g)
+        row = {"regime": regime, "dim": dim, "seed": seed, "method": method,
+               "energy_distance": energy_distance(x @ plane, y @ plane),
+               "energy_floor": energy_distance(again @ plane, y @ plane),
+               "spread_ratio": ((x @ plane).std(0).mean() / (y @ plane).std(0).mean()).item(),
+               **{k: info[k].item() for k in ("v_pos", "v_neg", "effective_positives")},
+               "attraction": attraction(x[:N] @ phi, y[:N] @ phi, info["scale"])}
     return row, shots
 
 
-PANEL, MARGIN, TOP, REACH, SCALE = 190, 30, 44, 2.7, 2    # pixels; half the width in units of the data's deviation
-COLOUR = {"data": (196, 196, 196), "concentrated": (31, 96, 196), "scattered": (206, 84, 20), "push": (20, 20, 20)}
+def attraction(x, y, scale):
+    """Theorem 1's ‖V⁺‖ = ‖Σ w·y‖, mean over the temperatures, in units of the root mean square of ‖y‖."""
+    logits = torch.cat([distances(x[None], y[None]) / (-scale * t) for t in TEMPERATURES])  # [T,N,N]
+    centre = signed_weights(logits, 0, self_mask=False) @ y                 # [T,N,k]
+    return (centre.norm(dim=-1).mean() / y.square().sum(-1).mean().sqrt()).item()
 
 
-def draw_panel(draw, left, top, title, regime, data, shot):
-    """One plane: data grey, samples coloured, the push on 40 of them as arrows of one common length (RMS)."""
+# ---------------------------------------------------------------------------------------------------- pictures
+
+PANEL, GAP, REACH, SCALE = 150, 26, 2.7, 2        # pixels; half a panel's side, in the data's deviations; oversampling
+GREY, COLOUR = (150, 150, 150), {"concentrated": (31, 96, 196), "scattered": (206, 84, 20)}
+
+
+def draw_panel(draw, column, row, title, data, regime, shot):
+    """One plane: data grey, samples coloured, the push on 32 of them as arrows of the same RMS length everywhere."""
+    left, top = GAP + column * (PANEL + GAP), 36 + row * (PANEL + 60)
+
     def pixel(p):
-        return [SCALE * (left + PANEL * (0.5 + p[0] / (2 * REACH))), SCALE * (top + PANEL * (0.5 - p[1] / (2 * REACH)))]
+        return SCALE * (left + PANEL * (0.5 + p[0] / (2 * REACH))), SCALE * (top + PANEL * (0.5 - p[1] / (2 * REACH)))
 
-    def dots(points, colour, r):
-        for p in points.tolist():
-            if max(map(abs, p)) < REACH:
-                x, y = pixel(p)
-                draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
-
-    small, large = (ImageFont.load_default(size=SCALE * n) for n in (10, 12))
-    step, x, push = shot
-    draw.rectangle([*pixel((-REACH, REACH)), *pixel((REACH, -REACH))], outline=(90, 90, 90), width=SCALE)
+    small, large = (ImageFont.load_default(size=SCALE * size) for size in (9, 11.5))
+    draw.text((SCALE * (left + PANEL / 2), SCALE * (top - 5)), title, "black", large, "md", align="center")
+    draw.rectangle([*pixel((-REACH, REACH)), *pixel((REACH, -REACH))], outline=GREY, width=SCALE)
     for tick in (-2, 0, 2):
-        a, b = pixel((tick, -REACH)), pixel((-REACH, tick))
-        draw.line([*a, a[0], a[1] + 4 * SCALE], fill=(90, 90, 90), width=SCALE)
-        draw.line([*b, b[0] - 4 * SCALE, b[1]], fill=(90, 90, 90), width=SCALE)
-        draw.text((a[0], a[1] + 5 * SCALE), f"{tick}".replace("-", "−"), (60, 60, 60), small, "ma")
-        draw.text((b[0] - 6 * SCALE, b[1]), f"{tick}".replace("-", "−"), (60, 60, 60), small, "rm")
-    for i, line in enumerate(title.split("\n")):
-        draw.text((SCALE * (left + PANEL / 2), SCALE * (top - 31 + 14 * i)), line, (0, 0, 0), large, "ma")
-    dots(data, COLOUR["data"], 1.4 * SCALE)
-    dots(x, COLOUR[regime], 1.8 * SCALE)
+        (x, y0), (x0, y) = pixel((tick, -REACH)), pixel((-REACH, tick))
+        draw.line([x, y0, x, y0 + 4 * SCALE], GREY, SCALE)
+        draw.line([x0, y, x0 - 4 * SCALE, y], GREY, SCALE)
+        draw.text((x, y0 + 5 * SCALE), str(tick), "black", small, "ma")
+        draw.text((x0 - 6 * SCALE, y), str(tick), "black", small, "rm")
+    step, samples, push = shot
     arrows = 0.45 * push / push.square().sum(1).mean().sqrt().clamp(min=1e-12)
-    for p, v in zip(x[:40], arrows[:40]):
-        head = 0.35 * v, 0.18 * torch.stack([-v[1], v[0]])
-        if (p + v).abs().max() < REACH and p.abs().max() < REACH:
-            draw.line([*pixel(p), *pixel(p + v)], fill=COLOUR["push"], width=SCALE)
-            draw.polygon([tuple(pixel(p + v + u)) for u in (0 * v, head[1] - head[0], -head[1] - head[0])],
-                         fill=COLOUR["push"])
+    inside = samples.abs().amax(1) < REACH
+    for points, colour, r in ((data, (200, 200, 200), 1.2 * SCALE), (samples[inside], COLOUR[regime], 1.7 * SCALE)):
+        for x, y in map(pixel, points.tolist()):
+            draw.ellipse([x - r, y - r, x + r, y + r], colour)
+    for p, v in zip(samples[inside][:32], arrows[inside][:32]):
+        if (p + v).abs().max() < REACH:
+            along, tip = 0.16 * v / v.norm().clamp(min=1e-12), p + v
+            across = 0.5 * torch.stack([-along[1], along[0]])
+            draw.line([*pixel(p.tolist()), *pixel(tip.tolist())], "black", SCALE)
+            draw.polygon([pixel(q.tolist()) for q in (tip, tip - along + across, tip - along - across)], "black")
 
 
-def canvas(columns, rows, footer):
-    size = MARGIN + columns * (PANEL + MARGIN), rows * (PANEL + TOP + 22) + 22
+def draw_panels(rows, legend):
+    """rows: lists of (title, data, regime, shot); legend: (x, y, text) in panels -> image."""
+    size = max(map(len, rows)) * (PANEL + GAP) + GAP, len(rows) * (PANEL + 60) + 6
     image = Image.new("RGB", [SCALE * s for s in size], "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((SCALE * size[0] / 2, SCALE * (size[1] - 8)), footer, (60, 60, 60), ImageFont.load_default(size=SCALE * 11), "ms")
-    return image, draw
-
-
-def finish(image):
-    return image.resize([s // SCALE for s in image.size], Image.LANCZOS)
-
-
-FOOTER = ("plane of the moons, axes in standard deviations of the data · grey: data, {} and orange: generated · "
-          "arrows: where the loss pushes a sample")
+    draw, (x, y, text) = ImageDraw.Draw(image), legend
+    for r, row in enumerate(rows):
+        for c, panel in enumerate(row):
+            draw_panel(draw, c, r, *panel)
+    draw.text((SCALE * (GAP + x * (PANEL + GAP)), SCALE * y * (PANEL + 60)), text, "black",
+              ImageFont.load_default(size=SCALE * 10.5))
+    return image.resize(size, Image.LANCZOS)
 
 
 def pictures(out, results, dims):
-    """two_moons.png, the end for every D, and two_moons.gif, the way there at the largest D."""
-    data = moons(600, torch.Generator().manual_seed(0))
-    shots = {(row["regime"], row["dim"], row["method"]): (row, s) for row, s in results if s}
-    image, draw = canvas(len(dims) + 1, 2, FOOTER.format("blue"))
-    for r, regime in enumerate(SIGMA):
-        for c, key in enumerate([(regime, d, "drift-rae") for d in dims] + [("scattered", dims[-1], "features")] * r):
-            row, s = shots[key]
-            title = f"{regime}, D = {row['dim']}" + " through φ" * (key[2] == "features")
-            draw_panel(draw, MARGIN + c * (PANEL + MARGIN), TOP + r * (PANEL + TOP + 22),
-                       f"{title}\nspread {row['spread_ratio']:.2f}", regime, data, s[-1])
-    write_atomically(out / "two_moons.png", lambda f: finish(image).save(f, "PNG", optimize=True))
+    """two_moons.png: the end, for every D. two_moons.gif: the way there, for the two largest."""
+    data = moons(500, torch.Generator().manual_seed(0))
+    cells = {(row["regime"], row["dim"], row["method"]): (row, shots) for row, shots in results if shots}
 
-    keys = [(regime, dims[-1], "drift-rae") for regime in SIGMA] + [("scattered", dims[-1], "features")]
-    frames = []
-    for i in range(min(len(shots[k][1]) for k in keys)):
-        image, draw = canvas(3, 1, f"step {shots[keys[0]][1][i][0]}")
-        for c, (regime, dim, method) in enumerate(keys):
-            s = shots[keys[c]][1][i]
-            title = f"{regime}, D = {dim}" + " through φ" * (method == "features")
-            draw_panel(draw, MARGIN + c * (PANEL + MARGIN), TOP,
-                       f"{title}\nspread {s[1].std(0).mean():.2f}", regime, data, s)
-        frames.append(finish(image).quantize(24, dither=Image.Dither.NONE))
+    def name(regime, dim, method):
+        return f"D = {dim} through a map" if method == "features" else f"{regime}, D = {dim}"
+
+    def end(*key):
+        row, shots = cells[key]
+        numbers = f"spread {row['spread_ratio']:.2f}, energy {row['energy_distance']:.3f}"
+        return f"{name(*key)}\n{numbers}", data, key[0], shots[-1]
+
+    cure = ("scattered", dims[-1], "features")
+    rows = [[end(regime, d, "drift-rae") for d in dims] for regime in SIGMA]
+    image = draw_panels([rows[0], rows[1] + [end(*cure)]], (len(dims), 0.25, "grey: data\nblue, orange: generated\n"
+                        "arrows: where the loss\npushes a sample\n\naxes: the moons' plane,\nin standard deviations"))
+    write_atomically(out / "two_moons.png", lambda f: image.quantize(128).save(f, "PNG", optimize=True))
+
+    keys, frames = [(r, d, "drift-rae") for d in dims[-2:] for r in SIGMA][-4:] + [cure], []
+    keys = [k for k in keys if k[0] == "scattered" or k[1] == dims[-2:][0]]
+    for shots in zip(*(cells[k][1] for k in keys)):
+        panels = [(f"{name(*k)}\nspread {s[1].std(0).mean():.2f}", data, k[0], s) for k, s in zip(keys, shots)]
+        frames.append(draw_panels([panels], (0, 0.93, f"step {shots[0][0]}")))
+    palette = frames[-1].quantize(64)
+    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     write_atomically(out / "two_moons.gif", lambda f: frames[0].save(
         f, "GIF", save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2500], loop=0))
 
+
+# ---------------------------------------------------------------------------------------------------- command
 
 def print_table(rows):
     """Means over the seeds ± standard deviations."""
@@ -257,20 +254,20 @@ def worker():
 
 
 def run(args):
-    began, out, dims, last = time.perf_counter(), Path(args.out), sorted(set(args.dims)), max(args.dims)
+    began, out, dims = time.perf_counter(), Path(args.out), sorted(set(args.dims))
     out.mkdir(parents=True, exist_ok=True)
-    cells = [(regime, d, seed, method, args.steps, FRAMES * (seed == 0 and d == last) or 1 * (seed == 0))
-             for method in METHODS for regime in SIGMA for d in dims for seed in range(args.seeds)
-             if method == "drift-rae" or regime == "scattered" and d == last and method in ("features", "identity path")
-             or d == TABLE_5 and method not in ("features", "identity path")]
+    table = [("drift-rae", regime, d) for regime in SIGMA for d in dims]
+    table += [(m, regime, TABLE_5) for m in list(METHODS)[1:4] for regime in SIGMA if TABLE_5 in dims]
+    table += [(m, "scattered", dims[-1]) for m in ("features", "identity path")]
+    cells = [(regime, d, seed, method, args.steps, 0 if seed else FRAMES if d in dims[-2:] else 1)
+             for method, regime, d in table for seed in range(args.seeds)]
     with multiprocessing.get_context("spawn").Pool(2, worker) as pool:
         results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
     rows = [row for row, _ in results]
     write_atomically(out / "two_moons.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
     pictures(out, results, dims)
     print_table(rows)
-    print(f"\nD − 2 directions of noise; φ sees {VIEWS} pairs. {time.perf_counter() - began:.0f} s: see two_moons.png, "
-          f"two_moons.gif and two_moons.json in {out}")
+    print(f"{time.perf_counter() - began:.0f} s: see two_moons.png, two_moons.gif and two_moons.json in {out}")
 
 
 def main(argv=None):
