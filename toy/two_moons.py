@@ -61,16 +61,17 @@ def embed(xy, frame, sigma, generator):
 
 
 def concentrating_map(frame, sigma, generator):
-    """Canonical correlation analysis of two views of VIEWS points: same moon point, fresh noise -> W [D,k].
+    """Canonical correlation analysis of two views of VIEWS points: same moon point, fresh noise -> φ, R^D -> R^k.
 
-    k directions whose canonical correlation is above 0.9, whitened. Neither plane nor labels are given.
+    φ keeps the k directions whose canonical correlation is above 0.9, whitened. Neither plane nor labels are given.
     """
     xy = moons(VIEWS, generator)
     a, b = (embed(xy, frame, sigma, generator) for _ in range(2))           # [n,D]
     within, between = (a.T @ a + b.T @ b) / (2 * VIEWS), (a.T @ b + b.T @ a) / (2 * VIEWS)
     whiten = torch.linalg.inv(torch.linalg.cholesky(within))                # [D,D]
     correlation, directions = torch.linalg.eigh(whiten @ between @ whiten.T)
-    return whiten.T @ directions[:, correlation > 0.9]
+    projection = whiten.T @ directions[:, correlation > 0.9]                # [D,k]
+    return lambda x: x @ projection
 
 
 class Generator(nn.Module):
@@ -93,7 +94,9 @@ class Generator(nn.Module):
 
 def energy_distance(a, b):
     """2·E‖a−b‖ − E‖a−a'‖ − E‖b−b'‖ over all pairs of [n,2] and [m,2]: never negative, 0.002 between equals."""
-    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+    ab, aa, bb = (torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").mean()
+                  for pair in ((a, b), (a, a), (b, b)))
+    return (2 * ab - aa - bb).item()
 
 
 def run_cell(cell):
@@ -106,13 +109,13 @@ def run_cell(cell):
     g, g_shot = (torch.Generator().manual_seed(seed + s) for s in (0, 10**6))   # pictures leave the numbers alone
     frame = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q
     net, plane = Generator(dim, method == "identity path"), frame[:, :2]
-    phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else torch.eye(dim)    # [D,k]
+    phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else nn.Identity()
 
     def draw(n, g):
         return embed(moons(n, g), frame, SIGMA[regime], g)
 
-    def loss(x, g):  # in φ's space: the gradient reaches the generator through φ
-        value, info = drift_loss((x @ phi)[None], (draw(N, g) @ phi)[None], temperatures=TEMPERATURES, generator=g,
+    def loss(x, g):  # the gradient reaches the generator through φ
+        value, info = drift_loss(phi(x)[None], phi(draw(N, g))[None], temperatures=TEMPERATURES, generator=g,
                                  **METHODS[method])
         return value.sum(), info
 
@@ -141,7 +144,7 @@ def run_cell(cell):
                "energy_floor": energy_distance(again @ plane, y @ plane),
                "spread_ratio": ((x @ plane).std(0).mean() / (y @ plane).std(0).mean()).item(),
                **{k: info[k].item() for k in ("v_pos", "v_neg", "effective_positives")},
-               "attraction": attraction(x[:N] @ phi, y[:N] @ phi, info["scale"])}
+               "attraction": attraction(phi(x[:N]), phi(y[:N]), info["scale"])}
     return row, shots
 
 
@@ -165,7 +168,7 @@ def draw_panel(draw, column, row, title, data, regime, shot):
     def pixel(p):
         return SCALE * (left + PANEL * (0.5 + p[0] / (2 * REACH))), SCALE * (top + PANEL * (0.5 - p[1] / (2 * REACH)))
 
-    small, large = (ImageFont.load_default(size=SCALE * size) for size in (9, 11.5))
+    small, large = (ImageFont.load_default(size=SCALE * size) for size in (10, 12))
     draw.text((SCALE * (left + PANEL / 2), SCALE * (top - 5)), title, "black", large, "md", align="center")
     draw.rectangle([*pixel((-REACH, REACH)), *pixel((REACH, -REACH))], outline=GREY, width=SCALE)
     for tick in (-2, 0, 2):
@@ -217,14 +220,15 @@ def pictures(out, results, dims):
     cure = ("scattered", dims[-1], "features")
     rows = [[end(regime, d, "drift-rae") for d in dims] for regime in SIGMA]
     image = draw_panels([rows[0], rows[1] + [end(*cure)]], (len(dims), 0.25, "grey: data\nblue, orange: generated\n"
-                        "arrows: where the loss\npushes a sample\n\naxes: the moons' plane,\nin standard deviations"))
+                        "arrows: where the loss\npushes a sample\nenergy: distance of the\ntwo clouds\n\naxes: the moons' plane,\nin standard deviations"))
     write_atomically(out / "two_moons.png", lambda f: image.quantize(128).save(f, "PNG", optimize=True))
 
-    keys, frames = [(r, d, "drift-rae") for d in dims[-2:] for r in SIGMA][-4:] + [cure], []
-    keys = [k for k in keys if k[0] == "scattered" or k[1] == dims[-2:][0]]
+    near, far = dims[-2:][0], dims[-1]
+    keys = [*dict.fromkeys((r, d, "drift-rae") for r, d in (*((r, near) for r in SIGMA), ("scattered", far))), cure]
+    frames = []
     for shots in zip(*(cells[k][1] for k in keys)):
         panels = [(f"{name(*k)}\nspread {s[1].std(0).mean():.2f}", data, k[0], s) for k, s in zip(keys, shots)]
-        frames.append(draw_panels([panels], (0, 0.93, f"step {shots[0][0]}")))
+        frames.append(draw_panels([panels], (0, 0.97, f"step {shots[0][0]}")))
     palette = frames[-1].quantize(64)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     write_atomically(out / "two_moons.gif", lambda f: frames[0].save(
@@ -248,9 +252,9 @@ def print_table(rows):
               f"{attraction:>6.2f}  {v_pos:>6.2f}  {v_neg:>6.2f}  {effective:>9.1f}")
 
 
-def worker():
-    torch.set_num_threads(1)  # two cells side by side are faster than two threads on one, and repeat bit for bit
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def one_thread():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
 def run(args):
@@ -261,7 +265,8 @@ def run(args):
     table += [(m, "scattered", dims[-1]) for m in ("features", "identity path")]
     cells = [(regime, d, seed, method, args.steps, 0 if seed else FRAMES if d in dims[-2:] else 1)
              for method, regime, d in table for seed in range(args.seeds)]
-    with multiprocessing.get_context("spawn").Pool(2, worker) as pool:
+    # cells side by side are faster than two threads on one cell, and repeat bit for bit
+    with multiprocessing.get_context("spawn").Pool(args.workers, one_thread) as pool:
         results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
     rows = [row for row, _ in results]
     write_atomically(out / "two_moons.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
@@ -276,13 +281,16 @@ def main(argv=None):
     parser.add_argument("--out", default="out", help="folder for table and pictures (default: out)")
     parser.add_argument("--seeds", type=int, help="repetitions, seeds 0, 1, … (default: 3; 1 if --quick)")
     parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="(default: 2 8 32 128 512; 2 32 128 if --quick)")
-    parser.add_argument("--steps", type=int, help="of training (default: 500; 200 if --quick)")
+    parser.add_argument("--steps", type=int, help="of training (default: 400; 200 if --quick)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a look in under 20 s")
     try:
         args = parser.parse_args(argv)
-        seeds, dims, steps = (1, [2, 32, 128], 200) if args.quick else (3, [2, 8, 32, 128, 512], 500)
-        args.seeds, args.dims, args.steps = args.seeds or seeds, args.dims or dims, args.steps or steps
-        for name, low in (("seeds", 1), ("steps", 2)):
+        defaults = (1, [2, 32, 128], 200) if args.quick else (3, [2, 8, 32, 128, 512], 400)
+        for name, value in zip(("seeds", "dims", "steps"), defaults):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        for name, low in (("seeds", 1), ("steps", 1), ("workers", 1)):
             if getattr(args, name) < low:
                 raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
         if min(args.dims) < 2:
