@@ -1027,30 +1027,31 @@ class Log:
 
 @contextmanager
 def stop_after_step():
-    """Yields a function that says whether to stop: after Ctrl-C or SIGTERM, on any rank.
+    """Yields a list that Ctrl-C and SIGTERM fill, so that the step can be finished and saved.
 
-    So the step is finished and saved first. Alone, a second Ctrl-C acts at once (torchrun sends a second by itself).
+    Alone, a second one acts at once (torchrun sends a second by itself).
     """
-    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
+    stop = []
 
     def handle(number, frame):
+        if stop and world() == 1:
+            raise KeyboardInterrupt
         stop.append(number)
-        if world() == 1:
-            signal.signal(number, before[number])
 
-    def stopped():
-        flag = torch.tensor(float(bool(stop)))
-        if world() > 1:  # all ranks must stop after the same step
-            flag = flag.cuda() if distributed.get_backend() == "nccl" else flag
-            distributed.all_reduce(flag)
-        return flag.item() > 0
-
-    before = {s: signal.signal(s, handle) for s in signals}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield stop
     finally:
-        for s in signals:
-            signal.signal(s, before[s])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def on_any_rank(flag, cfg):
+    """Whether it is set on any rank; a collective call, so that all ranks decide alike."""
+    flag = torch.tensor(float(flag), device=cfg.device)
+    if world() > 1:
+        distributed.all_reduce(flag)
+    return flag.item() > 0
 
 
 def train(student, positives, cfg, state=None):
@@ -1078,14 +1079,14 @@ def train(student, positives, cfg, state=None):
     latents = positives.stream([(step, c) for step, classes in steps.items() for c in classes])
     log, began = Log(Path(cfg.out, "log.csv"), start) if rank() == 0 else None, time.perf_counter() - seconds
     bar = tqdm(steps.items(), initial=start, total=cfg.steps, desc="distil", disable=rank() > 0)
-    with stop_after_step() as stopped:
+    with stop_after_step() as signals:
         for step, classes in bar:
             lr = opt.param_groups[0]["lr"] = learning_rate(step, cfg)
             row, norm = gradient(net, latents, classes, step, cfg)
             opt.step()
             opt.zero_grad(set_to_none=False)            # DistributedDataParallel's buckets stay the gradients
             move_average(ema, student, ema_decay(step, cfg))
-            seconds, stop = time.perf_counter() - began, stopped()
+            seconds, stop = time.perf_counter() - began, on_any_rank(bool(signals), cfg)
             if log:
                 speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
                 log({"step": step, "lr": lr, "grad_norm": norm, "images_per_s": speed, **row})
