@@ -115,6 +115,22 @@ def test_rows_are_what_the_paper_varies():
     assert all(row.against in ablation.NAMED for row in ablation.ROWS)
 
 
+def test_nan_is_kept_and_shown(out, tmp_path, capsys, monkeypatch):
+    def nan(*args):
+        raise ablation.UserError("the loss or its gradient became NaN at step 3")
+    monkeypatch.setattr(ablation, "train", nan)
+    monkeypatch.setattr(ablation.torch, "set_num_threads", lambda n: None)
+    bad = ablation.run((ablation.NAMED["B"], entry("B", 0, 0)["settings"], 0, str(out / "teacher.pt")))
+    runs = [bad | {"teacher": ""}, entry("A", 0, 1.0), entry("B", 1, 1.0), entry("A", 1, 1.0)]
+    (tmp_path / "ablation.json").write_text(json.dumps(runs))
+    assert ablation.main(["--out", str(tmp_path), "--rows", "3", "--markdown"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| B "))
+    assert "| nan ± nan |" in line and "better" not in line and "worse" not in line
+    args, rows = ablation.parse([])
+    ablation.draw(rows, ablation.read(tmp_path / "ablation.json"), args, tmp_path / "ablation.png")
+    assert bad["fd"] is None and Image.open(tmp_path / "ablation.png").width == 900
+
+
 def test_collapse_is_found_where_it_begins():
     step, drift = list(range(0, 500, 10)), [1.0] * 20 + [0.5] * 10 + [0.4] * 10 + [3.0] * 10
     assert ablation.collapse({"trace": {"step": step, "drift": drift}}) == 400    # the mean of 5 is 0.92 there

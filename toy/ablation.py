@@ -161,7 +161,7 @@ def measure(rows, args, path):
         return runs
     todo = sorted(todo.values(), key=lambda job: (job[2], -cost(job[1])))   # seed by seed, the long ones first
     jobs, total = min(args.jobs, len(todo)), sum(cost(job[1]) for job in todo)
-    print(f"{len(todo)} runs to do, about {total / jobs / 60:.0f} minutes on {jobs} idle cores; {len(runs)} are done")
+    print(f"{len(todo)} runs to do, about {total / jobs / 60:.1f} minutes on {jobs} idle cores; {len(runs)} are done")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's; the workers inherit this
     with (multiprocessing.get_context("spawn").Pool(jobs) as pool,
           tqdm(total=total, desc="ablation", smoothing=0, bar_format=BAR) as bar):      # counts estimated seconds
@@ -268,7 +268,7 @@ def draw(rows, runs, args, path):
             pen.line((left + scale * x, y + 28, left + scale * x, bottom), "#dddddd")
             pen.text((left + scale * x, bottom + 1), f"{x:g}", "#666666", small, anchor="ma")
         paper = {row.name: row.paper for row in here if row.paper}
-        ranks = order(paper), order({name: v.mean() for name, v in fd.items() if name in paper})
+        ranks = order(paper), order({name: np.nan_to_num(fd[name].mean(), nan=np.inf) for name in paper})
         for row, middle in zip(here, range(y + 28 + high // 2, bottom, high)):
             values, found = fd[row.name][np.isfinite(fd[row.name])], compare(row, runs, args)
             fill = {"better": "#b5dfb5", "worse": "#f0b8b0"}.get(found and found[3], "#cfd8e6")
@@ -292,12 +292,12 @@ def parse(argv):
     add("--out", default="out", help="folder of teacher.pt (trained if missing) and of the results (default: out)")
     add("--rows", nargs="+", metavar="ROW", help=f"rows by name, or tables: {', '.join(TABLES)} (default: all)")
     add("--seeds", type=int, metavar="N", help="seeds of each row, 0 to N − 1 (default: 5; with --quick 3)")
-    add("--steps", type=int, metavar="N", help="optimizer steps of a row (default: 100; with --quick 40)")
+    add("--steps", type=int, metavar="N", help="optimizer steps of a row (default: 80; with --quick 40)")
     add("--jobs", type=int, metavar="N", default=os.cpu_count(), help="runs at a time, each of one thread (default: cores)")
     add("--quick", action="store_true", help="Tables 3 and 5 with few seeds and steps")
     add("--markdown", action="store_true", help="print OUT/ablation.json as Markdown and do nothing else")
     args = parser.parse_args(argv)
-    for name, default in (("seeds", 3 if args.quick else 5), ("steps", 40 if args.quick else 100)):
+    for name, default in (("seeds", 3 if args.quick else 5), ("steps", 40 if args.quick else 80)):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     for name in ("seeds", "steps", "jobs"):
         if getattr(args, name) < 1:
