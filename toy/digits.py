@@ -118,7 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
                         help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
     args = parser.parse_args()
-    if min(args.steps) < 2:
-        parser.error("--steps: each at least 2")
+    if min(args.steps) < 11:                            # a tenth of them is OneCycleLR's warm-up
+        parser.error("--steps: each at least 11")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)
