@@ -7,9 +7,10 @@
     Theorem 1     theorem1                        Figure 1    curvature
     Tables 1, 2   token_statistics, Eq. (47)-(53) Table 9     study: distil, and train from scratch
 
-The digits' RAE (that of OUT/teacher.pt, made if it is not there) against VAEs trained on the same pixels with the same
-grid of 2×2 tokens, at several widths. Everything is measured on normalised latents, the ones that a flow and the
-drifting loss see. A VAE's latent is a sample of its posterior, as latent diffusion trains on; its mean is listed too.
+The digits' RAE (that of OUT/teacher.pt, made if it is not there: 3 minutes more) against VAEs trained on the same
+pixels with the same grid of 2×2 tokens, at several widths; the VAEs, flows and students anew with each seed. All is
+measured on normalised latents, the ones that a flow and the drifting loss see. A VAE's latent is a sample of its
+posterior, as latent diffusion trains on; the posterior's mean is listed too.
 """
 import argparse
 import copy
@@ -30,29 +31,30 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (RAE, Config, Decoder, DiTDH, Parser, UserError, ViT, distances, flow_matching_loss,  # noqa: E402
-                       generate, load_rae, ode_sample, one_step, pixel_metrics, read_checkpoint, signed_weights, to_float,
-                       to_uint8, tokens, train, write_atomically)
+from drift_rae import (RAE, Config, Decoder, DiTDH, Parser, UserError, ViT, distances,  # noqa: E402
+                       flow_matching_loss, generate, load_rae, ode_sample, one_step, pixel_metrics, read_checkpoint,
+                       signed_weights, to_float, to_uint8, tokens, train, write_atomically)
 from toy.digits import DECODER, ENCODER, fit, load_digits, make_teacher  # noqa: E402
 
 DIT = dict(input_size=2, depth=(1, 1), num_heads=(4, 4), num_classes=10, class_dropout_prob=0.0)
 DRIFT = dict(n_class=2, n_pos=64, n_neg=64, n_extra_neg=0, lr=5e-3, ema=0.98, save_every=10**9)
-COLOURS = ("#c8102e", "#f2a900", "#2a9d3a", "#1f6fc0", "#7b3fa0", "#555555", "#000000")
+COLOURS = ("#c8102e", "#f2a900", "#2a9d3a", "#1f6fc0", "#7b3fa0", "#e377c2", "#17a2b8", "#8c564b")
 METHODS = ("autoencoder", "untrained", "teacher", "distilled", "scratch")
 
 # ----------------------------------------------------------------------------------------------------
 # Theorem 1: scattered targets share the weight, and the field loses its direction.
 
-# (r, or None for r = √(3/d), where x is as long as y; τ; whether τ is in mean distances S, the unit of the paper's)
-SETTINGS = {"r = 1, τ = 1": (1.0, 1.0, False), "r = 1, τ = 4": (1.0, 4.0, False),
-            **{f"‖x‖ ≈ 1, τ = {t} S": (None, t, True) for t in (0.2, 0.05, 0.02)}}
+# r, or None for √(3/d), which makes x as long as y; τ; whether it is in mean distances S, the unit of the paper's τ.
+# (Pillow's own font has neither τ nor ‖.)
+SETTINGS = {"r = 1, tau = 1": (1.0, 1.0, False), "r = 1, tau = 4": (1.0, 4.0, False),
+            **{f"|x| = |y|, tau = {t} S": (None, t, True) for t in (0.2, 0.05, 0.02)}}
 
 
 def theorem1(d, r, tau, in_mean_distances, queries=64, draws=1, seed=0):
     """The field at `queries` of the d generated x_j ~ U[−r,r]^d; d positives y_i uniform on the unit sphere.
 
-    -> E‖V⁺‖² (Theorem 1: 1/d), E‖V⁻‖ (r/√3), and 1/Σw² over the number of targets, for positives and negatives:
-    1/(1 + squared coefficient of variation of the weights), so 1 where they are uniform.
+    -> E‖V⁺‖² (Theorem 1: 1/d), E‖V⁻‖ (r/√3), and 1/Σw² over the number of targets, of positives and negatives:
+    that is 1/(1 + c²), c the weights' standard deviation over their mean, so 1 where they are uniform.
     """
     g, r, rows = torch.Generator().manual_seed(seed), r or (3 / d)**0.5, []
     for _ in range(draws):
@@ -65,7 +67,7 @@ def theorem1(d, r, tau, in_mean_distances, queries=64, draws=1, seed=0):
                      (1 / w_pos.square().sum(-1)).mean() / d, (1 / w_neg.square().sum(-1)).mean() / (d - 1)))
     v_pos2, v_neg, even_pos, even_neg = np.mean(rows, 0).tolist()
     return {"d": d, "r": r, "v_pos2": v_pos2, "v_pos2_times_d": v_pos2 * d, "v_neg": v_neg,
-            "v_neg_over_limit": v_neg / (r / 3**0.5), "effective_positives": even_pos, "effective_negatives": even_neg}
+            "v_neg_over_limit": v_neg / (r / 3**0.5), "share_positives": even_pos, "share_negatives": even_neg}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -129,11 +131,12 @@ def read_latents(path):
     """(latents float [n,D,h,w], labels [n]) of --latents, or a UserError."""
     file = read_checkpoint(path)
     latents, labels = file.get("latents"), file.get("labels")
-    if not torch.is_tensor(latents) or not torch.is_tensor(labels) or latents.ndim != 4 or labels.shape != latents.shape[:1]:
-        raise UserError(f"{path} must hold a dict with tensors `latents` [n,D,h,w] and `labels` [n]")
+    if not (torch.is_tensor(latents) and torch.is_tensor(labels) and latents.ndim == 4 and latents.numel()
+            and labels.shape == latents.shape[:1]):
+        raise UserError(f"{path} must be a dict with tensors `latents` [n,D,h,w] and `labels` [n]")
     if not latents.is_floating_point() or not latents.isfinite().all():
         raise UserError(f"{path}: the latents must be finite floating-point numbers")
-    if not len(labels) or labels.unique(return_counts=True)[1].min() < 2:
+    if labels.unique(return_counts=True)[1].min() < 2:
         raise UserError(f"{path}: each class needs at least two samples")
     return latents, labels
 
@@ -185,7 +188,7 @@ def make_vae(images, labels, width, kl, steps, seed):
 
 
 def curvature(path):
-    """path [K,n,…], points of n curves at equal steps of time -> κ = ‖x''⊥‖/‖x'‖² [K−2,n] and the angle turned [n]."""
+    """path [K,n,…], n curves at equal steps of time -> κ = ‖x''⊥‖/‖x'‖² [K−2,n], and the angle each turns [n]."""
     x = path.flatten(2).double()
     v, a = (x[2:] - x[:-2]) / 2, x[2:] - 2 * x[1:-1] + x[:-2]               # the step of time cancels in κ
     v2 = v.square().sum(-1, keepdim=True)
@@ -250,7 +253,7 @@ def study(job):
     decoded = to_uint8(space.rae.decode(real))
     head = max(160, -(-shape[0] // 16) * 16)  # a head narrower than the token could not take its noise away
     fresh = DiTDH(in_channels=shape[0], hidden_size=(64, head), **DIT)
-    nn.init.normal_(fresh.y_embedder["embedding_table"].weight)  # at 0.02 the classes stay unlearnt for 1000s of steps
+    nn.init.normal_(fresh.y_embedder["embedding_table"].weight)  # at DiT's 0.02 a class takes too long to learn
     teacher = copy.deepcopy(fresh)
     fit(teacher.parameters(), lambda i: flow_matching_loss(teacher, space.draw(i), labels[i]), flow_steps, 5e-3, seed,
         "flow", batch=64)
@@ -283,82 +286,70 @@ def silence():
 
 
 def panel(title, x_label, lines, x_ticks, x_log, size):
-    """One plot with a logarithmic y axis. lines: (colour, dashed, x, y, (low, high) or None), each a list."""
-    k, left, right, top, bottom = 2, 66, 16, 40, 54  # drawn twice as large, for smooth lines
-    values = np.concatenate([np.concatenate([y, *(band or ())]) for _, _, _, y, band in lines])
-    low, high = np.log10(values.min()), np.log10(values.max())
-    pad = 0.05 * (high - low) + 0.02
-    low, high = low - pad, high + pad
-    sx = np.log if x_log else np.asarray
-    a, b = sx(x_ticks[0]), sx(x_ticks[-1])
+    """One plot with a logarithmic y axis. lines: (colour, x [n], y [n], (low [n], high [n]) or None)."""
+    k, left, right, top, bottom = 2, 66, 30, 40, 54  # drawn twice as large, for smooth lines
+    values = np.log10(np.concatenate([np.concatenate([y, *(band or ())]) for _, _, y, band in lines]))
+    pad = 0.05 * np.ptp(values) + 0.02
+    low, high, sx = values.min() - pad, values.max() + pad, np.log if x_log else np.asarray
+    first, last = sx(x_ticks[0]), sx(x_ticks[-1])
 
     def points(x, y):
-        px = left + (size[0] - left - right) * (sx(x) - a) / (b - a)
+        px = left + (size[0] - left - right) * (sx(x) - first) / (last - first)
         py = top + (size[1] - top - bottom) * (high - np.log10(y)) / (high - low)
         return [(k * float(i), k * float(j)) for i, j in np.broadcast(px, py)]
 
     image = Image.new("RGB", (k * size[0], k * size[1]), "white")
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(size=k * 14)
-    digits = (1,) if high - low > 1.5 else (1, 2, 5) if high - low > 0.4 else range(1, 10)
-    for v in (m * 10.0**e for e in range(int(low) - 2, int(high) + 2) for m in digits):
-        if low <= np.log10(v) <= high:
-            draw.line(points(x_ticks[[0, -1]], v), fill="#dddddd", width=k)
-            draw.text((k * (left - 6), points(x_ticks[0], v)[0][1]), f"{v:g}", fill="black", font=font, anchor="rm")
+    for value in (m * 10.0**e for e in range(-9, 9) for m in ((1,) if high - low > 2.2 else (1, 2, 5))):
+        if low <= np.log10(value) <= high:
+            draw.line(points(x_ticks[[0, -1]], value), fill="#dddddd", width=k)
+            draw.text((k * (left - 6), points(x_ticks[0], value)[0][1]), f"{value:g}", "black", font, anchor="rm")
     for x in x_ticks:
-        px = points(x, 10**low)[0][0]
-        draw.line([(px, k * (size[1] - bottom)), (px, k * (size[1] - bottom + 5))], fill="black", width=k)
-        draw.text((px, k * (size[1] - bottom + 8)), f"{x:g}", fill="black", font=font, anchor="ma")
-    for colour, _, x, _, band in lines:
+        px, py = points(x, 10**low)[0]
+        draw.line([(px, py), (px, py + k * 5)], fill="black", width=k)
+        draw.text((px, py + k * 8), f"{x:g}", "black", font, anchor="ma")
+    for colour, x, _, band in lines:
         if band:
             draw.polygon(points(x, band[0]) + points(x, band[1])[::-1], fill=colour + "28")
-    for colour, dashed, x, y, _ in lines:
-        p = points(x, y)
-        for i in range(len(p) - 1):
-            end = tuple((s + e) / 2 for s, e in zip(p[i], p[i + 1])) if dashed else p[i + 1]
-            draw.line([p[i], end], fill=colour, width=k * 2)
+    for colour, x, y, _ in lines:
+        draw.line(points(x, y), fill=colour, width=k * 2)
     draw.rectangle([k * left, k * top, k * (size[0] - right), k * (size[1] - bottom)], outline="black", width=k)
-    draw.text((k * left, k * 12), title, fill="black", font=ImageFont.load_default(size=k * 16))
-    draw.text((k * (left + size[0] - right) / 2, k * (size[1] - 6)), x_label, fill="black", font=font, anchor="mb")
+    draw.text((k * left, k * 12), title, "black", ImageFont.load_default(size=k * 16))
+    draw.text((k * (left + size[0] - right) / 2, k * (size[1] - 6)), x_label, "black", font, anchor="mb")
     return image.resize(size, Image.LANCZOS)
 
 
 def figure(panels, legend, path):
     """Panels side by side, and under them the legend {label: colour}."""
-    width, height = sum(p.width for p in panels), panels[0].height
-    image = Image.new("RGB", (width, height + 34), "white")
+    image = Image.new("RGB", (sum(p.width for p in panels), panels[0].height + 34), "white")
     for i, p in enumerate(panels):
         image.paste(p, (i * p.width, 0))
-    draw, font, x = ImageDraw.Draw(image), ImageFont.load_default(size=15), 20
+    draw, font, x, y = ImageDraw.Draw(image), ImageFont.load_default(size=15), 20, panels[0].height + 16
     for label, colour in legend.items():
-        draw.line([(x, height + 16), (x + 26, height + 16)], fill=colour, width=3)
-        draw.text((x + 32, height + 16), label, fill="black", font=font, anchor="lm")
+        draw.line([(x, y), (x + 26, y)], fill=colour, width=3)
+        draw.text((x + 32, y), label, "black", font, anchor="lm")
         x += 54 + draw.textlength(label, font)
     write_atomically(path, lambda f: image.save(f, format="png"))
 
 
 def draw_theorem1(rows, path):
-    dims = np.array(sorted({r["d"] for r in rows}), float)
-    panels = []
-    for key, title in (("v_pos2", "E‖V⁺‖²  (dashed: 1/d)"), ("v_neg_over_limit", "‖V⁻‖ / (r/√3)  (dashed: 1)"),
-                       ("effective_positives", "effective share of positives  (dashed: 1)")):
-        lines = [(c, False, dims, np.array([r[key] for r in rows if r["setting"] == s]), None)
-                 for s, c in zip(SETTINGS, COLOURS)]
-        lines.append(("#000000", True, *(2 * [np.geomspace(dims[0], dims[-1], 40)]), None))
-        lines[-1] = (*lines[-1][:3], 1 / lines[-1][2] if key == "v_pos2" else np.ones(40), None)
-        panels.append(panel(title, "d", lines, dims[::2], True, (420, 340)))
-    figure(panels, dict(zip(SETTINGS, COLOURS)), path)
+    dims, colours, panels = np.unique([float(r["d"]) for r in rows]), dict(zip(SETTINGS, COLOURS)), []
+    for key, title, limit in (("v_pos2", "E |V+|^2", 1 / dims), ("v_neg_over_limit", "|V-| / (r / sqrt 3)", dims**0),
+                              ("share_positives", "effective share of the positives", dims**0)):
+        lines = [(c, dims, np.array([r[key] for r in rows if r["setting"] == s]), None) for s, c in colours.items()]
+        panels.append(panel(title, "d", [("#000000", dims, limit, None), *lines], dims[::2], True, (420, 340)))
+    figure(panels, {"Theorem 1": "#000000", **colours}, path)
 
 
 def draw_curvature(runs, path):
     """κ over t: the mean over all seeds' trajectories, band from the 10th to the 90th percentile."""
-    names = list(dict.fromkeys(r["space"] for r in runs))
-    t = 1 - np.linspace(0, 0.999, 50)[1:-1]
-    lines = []
-    for name, colour in zip(names, COLOURS):
-        kappa = np.concatenate([np.array(r["kappa"]) for r in runs if r["space"] == name], 1)   # [48,n]
-        lines.append((colour, False, t, kappa.mean(1), tuple(np.quantile(kappa, (0.1, 0.9), axis=1))))
-    figure([panel("curvature of the teacher's path (t = 1: noise, t = 0: data)", "t", lines, np.linspace(0, 1, 6), False,
-                  (900, 420))], dict(zip(names, COLOURS)), path)
+    colours, lines = dict(zip(dict.fromkeys(r["space"] for r in runs), COLOURS)), []
+    for name, colour in colours.items():
+        kappa = np.concatenate([np.array(r["kappa"]) for r in runs if r["space"] == name], 1)   # [K−2,n]
+        t = 1 - np.linspace(0, 0.999, len(kappa) + 2)[1:-1]                 # the grid of ode_sample
+        lines.append((colour, t, kappa.mean(1), tuple(np.quantile(kappa, (0.1, 0.9), axis=1))))
+    title = "curvature of the teacher's paths (t = 1: noise, t = 0: data)"
+    figure([panel(title, "t", lines, np.linspace(0, 1, 6), False, (900, 420))], colours, path)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -366,59 +357,56 @@ def draw_curvature(runs, path):
 
 
 def mean_sd(values, digits=3):
-    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if np.ptp(values) else ""
     return f"{np.mean(values):.{digits}f}{sd}"
 
 
 def print_theorem1(rows):
-    print("\nTheorem 1: each entry is d·E‖V⁺‖², ‖V⁻‖/(r/√3), effective share of positives, of negatives: all 1 in the limit")
-    for setting in SETTINGS:
-        print(f"  {setting}")
-        for r in (r for r in rows if r["setting"] == setting):
-            print(f"{r['d']:8}{r['v_pos2_times_d']:10.3f}{r['v_neg_over_limit']:9.3f}{r['effective_positives']:8.3f}"
-                  f"{r['effective_negatives']:8.3f}")
+    print("\nTheorem 1: d·E‖V⁺‖², ‖V⁻‖/(r/√3), effective share of positives, of negatives. All are 1 in the limit.")
+    for r in rows:
+        print(f"{r['setting'] if r['d'] == 4 else '':26}{r['d']:6}" + "".join(f"{r[k]:9.3f}" for k in (
+            "v_pos2_times_d", "v_neg_over_limit", "share_positives", "share_negatives")))
 
 
 def print_tables(runs):
+    """Mean ± standard deviation over the seeds."""
     names = list(dict.fromkeys(r["space"] for r in runs))
     print(f"\n{'Tables 1, 2':20}" + "".join(f"{s:>17}" for s in STATISTICS))
     for row in dict.fromkeys(k for r in runs for k in r["statistics"]):
         values = [r["statistics"][row] for r in runs if row in r["statistics"]]
         print(f"{row:20}" + "".join(f"{mean_sd([v[s] for v in values], 4):>17}" for s in STATISTICS))
-    print(f"\n{'Figure 1':20}{'mean curvature':>20}{'angle turned, rad':>20}")
+    print(f"\n{'Figure 1':20}{'mean curvature':>17}{'angle turned':>17}")
     for name in names:
-        mine = [r for r in runs if r["space"] == name]
-        print(f"{name:20}{mean_sd([np.mean(r['kappa']) for r in mine], 4):>20}{mean_sd([np.mean(r['angle']) for r in mine]):>20}")
-    columns = ("fd", "precision", "recall", "label_accuracy", "spread")
-    print(f"\n{'Table 9':20}" + "".join(f"{c:>17}" for c in columns) + f"{'eff. positives':>17}")
-    for name in names:
-        for method in METHODS:
-            mine = [r["results"][method] for r in runs if r["space"] == name]
-            cells = [mean_sd([m[c] for m in mine]) if c in mine[0] else "" for c in (*columns, "effective_positives")]
-            print(f"{name + ' ' + method:20}" + "".join(f"{c:>17}" for c in cells))
+        kappa, angle = ([np.mean(r[key]) for r in runs if r["space"] == name] for key in ("kappa", "angle"))
+        print(f"{name:20}{mean_sd(kappa, 4):>17}{mean_sd(angle):>17}")
+    columns = ("fd", "precision", "recall", "label_accuracy", "spread", "effective_positives")
+    print(f"\n{'Table 9':20}" + "".join(f"{c.replace('effective', 'eff.'):>17}" for c in columns))
+    for name, method in ((name, method) for name in names for method in METHODS):
+        results = [r["results"][method] for r in runs if r["space"] == name]
+        cells = [mean_sd([m[c] for m in results]) if c in results[0] else "" for c in columns]
+        print(f"{name + ' ' + method:20}" + "".join(f"{c:>17}" for c in cells))
 
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder for the pictures and geometry.json, with the digits' "
-                        "teacher.pt (default: out)")
-    parser.add_argument("--quick", action="store_true", help="one minute: --seeds 1 --widths 4 128 --steps 150 200 100, "
+    parser.add_argument("--out", default="out", help="folder for the pictures and geometry.json; the digits' "
+                        "teacher.pt is there, or is put there (default: out)")
+    parser.add_argument("--quick", action="store_true", help="one minute: --seeds 1 --widths 4 128 --steps 100 150 60, "
                         "and Theorem 1 up to d = 1024; too short to judge drifting by")
-    parser.add_argument("--latents", help="print Tables 1 and 2 of this file, and do nothing else")
+    parser.add_argument("--latents", help="print Tables 1 and 2 of this file, as it is, and do nothing else")
     parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="channels of the VAEs (default: 4 16 48 128)")
-    parser.add_argument("--kl", type=float, default=1e-2, help="weight of the VAEs' KL term, summed over an image, against "
-                        "its summed log-likelihood (default: 0.01)")
+    parser.add_argument("--kl", type=float, default=1e-2, help="weight of the VAEs' KL term (default: 0.01)")
     parser.add_argument("--seeds", type=int, help="repetitions, of VAE, teacher and students alike (default: 3)")
     parser.add_argument("--steps", type=int, nargs=3, metavar="N", help="steps of VAE, flow teacher and each student "
-                        "(default: 250 500 400)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; the numbers do not depend on "
-                        "it (default: 2)")
+                        "(default: 250 500 300)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of a thread each; the numbers do not "
+                        "depend on it (default: 2)")
     args = parser.parse_args(argv)
-    standard = ([4, 128], 1, [150, 200, 100]) if args.quick else ([4, 16, 48, 128], 3, [250, 500, 400])
-    args.widths, args.seeds, args.steps = (given or other for given, other in
+    standard = ([4, 128], 1, [100, 150, 60]) if args.quick else ([4, 16, 48, 128], 3, [250, 500, 300])
+    args.widths, args.seeds, args.steps = (value if given is None else given for given, value in
                                            zip((args.widths, args.seeds, args.steps), standard))
-    if min(args.widths) < 1 or min(args.seeds, args.workers) < 1 or min(args.steps) < 2 or not 0 <= args.kl < float("inf"):
-        parser.error("--widths, --seeds and --workers must be at least 1, --steps at least 2, --kl at least 0")
+    if min(*args.widths, args.seeds, args.workers) < 1 or min(args.steps) < 11 or not 0 <= args.kl < float("inf"):
+        parser.error("--widths, --seeds and --workers must be at least 1, --steps at least 11, --kl at least 0")
     return args
 
 
@@ -440,13 +428,13 @@ def run(args):
     teacher = out / "teacher.pt"
     if not teacher.exists():
         make_teacher(teacher)
-    if "rae" not in read_checkpoint(teacher):
+    if read_checkpoint(teacher).get("rae", {}).get("input_size") != 8:
         raise UserError(f"{teacher} brings no autoencoder of the digits: take another --out, or move that file away")
     theorem = simulate(1024 if args.quick else 4096)
     draw_theorem1(theorem, out / "theorem1.png")
     print_theorem1(theorem)
     spaces = {"RAE-48": None, **{f"VAE-{d}": d for d in args.widths}}
-    jobs = [(name, width, seed, teacher, args.kl, args.steps) for name, width in spaces.items() for seed in range(args.seeds)]
+    jobs = [(*space, seed, teacher, args.kl, args.steps) for space in spaces.items() for seed in range(args.seeds)]
     with multiprocessing.get_context("spawn").Pool(min(args.workers, len(jobs)), silence) as pool:
         runs = list(tqdm(pool.imap(study, jobs), total=len(jobs), desc="spaces × seeds"))
         pool.close()
