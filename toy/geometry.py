@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import (RAE, Config, Decoder, DiTDH, Parser, UserError, ViT, distances,  # noqa: E402
                        flow_matching_loss, generate, load_rae, ode_sample, one_step, pixel_metrics, read_checkpoint,
                        signed_weights, to_float, to_uint8, tokens, train, write_atomically)
-from toy.digits import DECODER, ENCODER, fit, load_digits, make_teacher  # noqa: E402
+from toy.digits import DECODER, ENCODER, fit, make_teacher  # noqa: E402
 
 DIT = dict(input_size=2, depth=(1, 1), num_heads=(4, 4), num_classes=10, class_dropout_prob=0.0)
 DRIFT = dict(n_class=2, n_pos=64, n_neg=64, n_extra_neg=0, lr=5e-3, ema=0.98, save_every=10**9)
@@ -93,7 +93,7 @@ def spectral_entropy(x):
 
 def nearest_distance(x):
     """Eq. (49), NN-d: mean distance to the nearest other sample of the class, over √d."""
-    dist = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")   # duplicates are at distance 0, not 1e-4
+    dist = torch.cdist(x, x)
     dist.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     return dist.amin(2).mean(1) / x.shape[2]**0.5
 
@@ -120,7 +120,7 @@ STATISTICS = {"PR": participation_ratio, "SE": spectral_entropy, "NN-d": nearest
 def token_statistics(latents, labels):
     """latents [n,D,h,w], labels [n] -> mean of each statistic over all classes and tokens (App. B.1), in float64."""
     values = {name: [] for name in STATISTICS}
-    for c in labels.unique():
+    for c in tqdm(labels.unique(), desc="classes", leave=False, disable=None):
         for x in tokens(latents[labels == c]).split(8):                     # [8,n,D]: bounded memory
             for name, statistic in STATISTICS.items():
                 values[name].append(statistic(x.double()))
@@ -241,12 +241,13 @@ def study(job):
     name, width, seed, path, kl, (vae_steps, flow_steps, drift_steps) = job
     torch.set_num_threads(1)  # small tensors; and the same bits however many workers there are
     torch.manual_seed(seed)
-    images, labels = load_digits()
+    checkpoint = read_checkpoint(path)
+    images, labels = checkpoint["images"], checkpoint["labels"]             # the digits travel in the teacher's file
     pixels, cfg = to_float(images), Config(device="cpu", seed=seed, steps=drift_steps, **DRIFT)
     if width:
         space = make_vae(pixels, labels, width, kl, vae_steps, seed)
     else:
-        rae = load_rae(read_checkpoint(path), cfg)
+        rae = load_rae(checkpoint, cfg)
         mean = rae.encode(pixels)
         space = Space(rae, mean, torch.zeros_like(mean), labels)
     real, shape = space.draw(), space.mean.shape[1:]
@@ -256,7 +257,7 @@ def study(job):
     nn.init.normal_(fresh.y_embedder["embedding_table"].weight)  # at DiT's 0.02 a class takes too long to learn
     teacher = copy.deepcopy(fresh)
     fit(teacher.parameters(), lambda i: flow_matching_loss(teacher, space.draw(i), labels[i]), flow_steps, 5e-3, seed,
-        "flow", batch=64)
+        "flow", batch=64, n=len(images))
     teacher.eval()
     kappa, angle = flow_curvature(teacher, shape)
     distilled, distilled_log = drifted(copy.deepcopy(teacher), space, cfg)
@@ -391,10 +392,10 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder for the pictures and geometry.json; the digits' "
                         "teacher.pt is there, or is put there (default: out)")
-    parser.add_argument("--quick", action="store_true", help="one minute: --seeds 1 --widths 4 128 --steps 100 150 60, "
-                        "and Theorem 1 up to d = 1024; too short to judge drifting by")
+    parser.add_argument("--quick", action="store_true", help="1 minute: --seeds 1 --widths 4 128 --steps 100 150 60, "
+                        "Theorem 1 up to d = 1024; too short to judge drifting by")
     parser.add_argument("--latents", help="print Tables 1 and 2 of this file, as it is, and do nothing else")
-    parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="channels of the VAEs (default: 4 16 48 128)")
+    parser.add_argument("--widths", type=int, nargs="+", metavar="D", help="VAEs' channels (default: 4 16 48 128)")
     parser.add_argument("--kl", type=float, default=1e-2, help="weight of the VAEs' KL term (default: 0.01)")
     parser.add_argument("--seeds", type=int, help="repetitions, of VAE, teacher and students alike (default: 3)")
     parser.add_argument("--steps", type=int, nargs=3, metavar="N", help="steps of VAE, flow teacher and each student "
