@@ -37,7 +37,7 @@ from drift_rae import (RAE, Config, Decoder, DiTDH, Parser, UserError, ViT, dist
 from toy.digits import DECODER, ENCODER, fit, make_teacher  # noqa: E402
 
 DIT = dict(input_size=2, depth=(1, 1), num_heads=(4, 4), num_classes=10, class_dropout_prob=0.0)
-DRIFT = dict(n_class=2, n_pos=64, n_neg=64, n_extra_neg=0, lr=5e-3, ema=0.98, save_every=10**9)
+DRIFT = dict(n_class=2, n_pos=64, n_neg=64, n_extra_neg=0, lr=3e-3, ema=0.98, save_every=10**9)
 COLOURS = ("#c8102e", "#f2a900", "#2a9d3a", "#1f6fc0", "#7b3fa0", "#e377c2", "#17a2b8", "#8c564b")
 METHODS = ("autoencoder", "untrained", "teacher", "distilled", "scratch")
 
