@@ -1,6 +1,6 @@
 """Section 3.2 on our own latents: is the space concentrated, do its flows bend, does drifting work in it?
 
-    python toy/geometry.py                       10 minutes on 2 cores: theorem1.png, curvature.png, geometry.json
+    python toy/geometry.py                       10 minutes on 2 idle cores: two pictures, geometry.json
     python toy/geometry.py --quick               the same with fewer widths, seeds and steps, 1 minute
     python toy/geometry.py --latents FILE.pt     Tables 1 and 2 of anybody's latents: {"latents", "labels"}
 
