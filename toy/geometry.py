@@ -148,17 +148,19 @@ def read_latents(path):
 class Space:
     """Normalised latents of the real images, mean + σ·n: σ is 0 in the RAE, a VAE's posterior is sampled afresh."""
 
-    def __init__(self, rae, mean, sigma, labels):
-        self.rae, self.mean, self.sigma = rae, mean, sigma                  # [n,D,h,w]
+    def __init__(self, rae, mean, sigma, labels, seed):
+        self.rae, self.mean, self.sigma, self.seed = rae, mean, sigma, seed         # [n,D,h,w]
         self.members = [np.flatnonzero(labels == c) for c in range(10)]
 
     def draw(self, index=slice(None)):
         return self.mean[index] + self.sigma[index] * torch.randn_like(self.mean[index])
 
-    def __call__(self, c, rng):  # what train() asks of its positives
-        index = rng.choice(self.members[c], DRIFT["n_pos"], replace=False)
-        noise = rng.standard_normal((len(index), *self.mean.shape[1:]), dtype=np.float32)
-        return self.mean[index] + self.sigma[index] * torch.from_numpy(noise)
+    def stream(self, pairs):  # what train() asks of its positives
+        for step, c in pairs:
+            rng = np.random.default_rng([self.seed, step, c])
+            index = rng.choice(self.members[c], DRIFT["n_pos"], replace=False)
+            noise = rng.standard_normal((len(index), *self.mean.shape[1:]), dtype=np.float32)
+            yield self.mean[index] + self.sigma[index] * torch.from_numpy(noise)
 
 
 def make_vae(images, labels, width, kl, steps, seed):
@@ -184,7 +186,7 @@ def make_vae(images, labels, width, kl, steps, seed):
     parts.requires_grad_(False)
     m, sigma = to_mean.encode(images), (to_log_var.encode(images) / 2).exp()
     vae = RAE(to_mean.encoder, decoder, m.mean(0), m.var(0) + sigma.square().mean(0), input_size=8)
-    return Space(vae, vae.encode(images), sigma / (vae.var + vae.eps).sqrt(), labels)
+    return Space(vae, vae.encode(images), sigma / (vae.var + vae.eps).sqrt(), labels, seed)
 
 
 def curvature(path):
@@ -222,7 +224,7 @@ def judge(sampler, space, images, labels, cfg):
         latents.append(sampler(z, y))
         return latents[-1]
 
-    samples, _ = generate(kept, space.rae, labels, cfg)
+    samples = torch.cat([images for _, images, _ in generate(kept, space.rae, labels, cfg)])
     generated, real = ([x[i].var(0).sum() for i in space.members] for x in (torch.cat(latents), space.draw()))
     return pixel_metrics(samples, labels, images, labels) | {"spread": (sum(generated) / sum(real)).sqrt().item()}
 
@@ -249,7 +251,7 @@ def study(job):
     else:
         rae = load_rae(checkpoint, cfg)
         mean = rae.encode(pixels)
-        space = Space(rae, mean, torch.zeros_like(mean), labels)
+        space = Space(rae, mean, torch.zeros_like(mean), labels, seed)
     real, shape = space.draw(), space.mean.shape[1:]
     decoded = to_uint8(space.rae.decode(real))
     head = max(160, -(-shape[0] // 16) * 16)  # a head narrower than the token could not take its noise away
