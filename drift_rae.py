@@ -14,6 +14,7 @@ Read it beside the paper, in this order:
     Eq. (5), (11)   drift_field, signed_weights     Eq. (12)        perturb
     Eq. (10)        drift_loss, normalised_drift    Eq. (1)-(4)     flow_matching_loss, ode_sample
     Eq. (8)         one_step                        Table 8         Config, PRESETS, learning_rate, ema_decay
+    Theorem 1, Tables 1-2, Figure 1: toy/geometry.py        Tables 3, 5-7, 9: toy/ablation.py
 
 Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samples of one class, D wide.
 """
@@ -34,6 +35,7 @@ import time
 import weakref
 import zipfile
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import starmap
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def signed_weights(logits, n_neg, self_mask=True, y_softmax=False):
     those of Prop. 1 with l = 1; its field divides each displacement by its length, Eq. (5) and (11) do not.
     """
     if self_mask:  # k ≠ j in Eq. (5): the first N negatives are the queries themselves
-        logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)
+        logits.diagonal(dim1=-2, dim2=-1).fill_(-1e9)   # Deng et al. add 100 to the distance: the same for τ ≪ 1
     if not y_softmax:  # modification 1, Eq. (11): each softmax over its own targets, as Prop. 1 derives it
         return torch.cat([logits[..., :n_neg].softmax(-1).neg_(), logits[..., n_neg:].softmax(-1)], -1)
     # Deng et al. as released: one softmax over all targets, its geometric mean with the one over the generated
@@ -161,7 +163,7 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
     # sample's token, which is √D times the literal V/‖V‖
     scaled = V / unit.unsqueeze(1)
     power = scaled.square().mean((0, 2, 3) if drift_norm == "batch" else -1, keepdim=True)
-    drift = (scaled / power.clamp(min=1e-8).sqrt()).sum(1)                  # [C,N,D]
+    drift = (scaled / power.clamp(min=1e-8).sqrt()).sum(1)                  # [C,N,D]; the mean over τ, times T
 
     w_neg, w_pos = -weights[..., :n_neg], weights[..., n_neg:]              # each of mass 1 with single softmax
     mass = w_pos.sum(-1)
@@ -573,11 +575,11 @@ class Config:
     models: str = option("models", "folder of the released decoder, encoder and statistics, for an official teacher")
     out: str = option("out", "folder for checkpoints, samples.png, log.csv and metrics.json")
     resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random; an OUT/teacher.pt that is there stays as it is")
     device: str = option("auto", "torch device; auto is cuda where there is one")
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the generator")
-    grad_checkpoint: bool = option(False, "less memory, a third more time: activations are computed twice")
+    grad_checkpoint: bool = option(False, "less memory, more time: activations are computed twice")
     # distillation
     init: str = option("teacher", "the student's first weights; scratch is Table 9", choices=("teacher", "scratch"))
     decode_encode: bool = option(False, "drift in the latents of the decoded images (Table 9)")
@@ -724,7 +726,7 @@ def process_group(cfg):
         torch.cuda.set_device(cfg.device)
         torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in fp32; never in the field
     if not alone:
-        distributed.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+        distributed.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", timeout=timedelta(hours=6))
     yield
     if not alone:  # not after an error: the others would wait, and torchrun ends them
         distributed.destroy_process_group()
@@ -795,34 +797,36 @@ class Images(Dataset):
 
 
 class Latents(Dataset):
-    """Latents [n,D,h,w]: an array, or the ClassFiles of a cache. Item (indices [P], flip) -> ([P,D,h,w], [])."""
+    """Latents [n,D,h,w]: an array, or the folder of a cache. Item (indices [P], flip) -> ([P,D,h,w], []).
+
+    From a cache, whose rows lie class after class, the indices of an item are of one class.
+    """
 
     def __init__(self, array, labels):
         self.array, self.labels, self.unreadable = array, labels, set()
 
     def __getitem__(self, item):
-        return torch.from_numpy(self.array[item[0]]), []
+        index, array = item[0], self.array
+        if isinstance(array, Path):
+            c = self.labels[index[0]]
+            index, array = index - np.searchsorted(self.labels, c), np.load(class_file(array, c), mmap_mode="r")
+        return torch.from_numpy(array[index]), []
 
 
-class ClassFiles:
-    """A cache as one array whose rows lie class after class; an index [P] must stay within one class."""
+def class_file(folder, c):
+    return folder / f"{c:05d}.npy"
 
-    def __init__(self, folder, counts):
-        self.folder, self.ends = Path(folder), np.cumsum(counts)
 
-    def path(self, c):
-        return self.folder / f"{c:05d}.npy"
-
-    def __getitem__(self, index):
-        c = int(np.searchsorted(self.ends, index[0], side="right"))
-        return np.load(self.path(c), mmap_mode="r")[index - self.ends[c]]           # from the end: negative
+def survive_once(_):
+    """SIGTERM may be sent to all processes of a group: workers must outlive it until the step is saved."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def read(source, items, cfg, workers):
     """Yields what source holds for each of the items; worker processes read ahead, names of bad files are printed."""
     workers = min(workers, os.cpu_count())
     for x, unreadable in DataLoader(source, None, sampler=items, num_workers=workers,
-                                    multiprocessing_context="fork" if workers else None,
+                                    multiprocessing_context="fork" if workers else None, worker_init_fn=survive_once,
                                     pin_memory=cfg.device.startswith("cuda") and workers > 0):
         for line in set(unreadable) - source.unreadable:
             source.unreadable.add(line)
@@ -871,14 +875,13 @@ def cache(source, rae, cfg):
     The ranks share the classes; what is there already is not made again.
     """
     counts, flip = np.bincount(source.labels), random(cfg, 0, 0, 2).random(len(source.labels)) < 0.5 * cfg.flip
-    files, info = ClassFiles(cfg.cache, counts), Path(cfg.cache, "cache.json")
-    of_images, of_encoder = hashlib.sha256(), hashlib.sha256()
+    folder, info, made_of = Path(cfg.cache), Path(cfg.cache, "cache.json"), hashlib.sha256()
     for path in source.paths:
-        of_images.update(os.path.relpath(path, os.fsencode(cfg.data)) + b"\n")
+        made_of.update(os.path.relpath(path, os.fsencode(cfg.data)) + b"\n")
     for tensor in (*rae.encoder.parameters(), rae.mean, rae.var):
-        of_encoder.update(tensor.cpu().numpy())
+        made_of.update(tensor.cpu().numpy())
     about = {"shape": [len(flip), *rae.mean.shape], "images_per_class": counts.tolist(), "dtype": cfg.dtype,
-             "flip_seed": cfg.seed if cfg.flip else None, "images": of_images.hexdigest(), "encoder": of_encoder.hexdigest()}
+             "flip_seed": cfg.seed if cfg.flip else None, "images_and_encoder": made_of.hexdigest()}
     if rank() == 0 and not info.exists():
         info.parent.mkdir(parents=True, exist_ok=True)
         need, free = 2 * math.prod(about["shape"]), shutil.disk_usage(info.parent).free
@@ -891,15 +894,15 @@ def cache(source, rae, cfg):
     if json.loads(info.read_text()) != about:
         raise UserError(f"{cfg.cache} is the cache of other images, another encoder, --dtype, --flip or --seed: name an "
                         "empty folder, or use it as it is with --latents")
-    missing = [c for c in range(len(counts)) if not files.path(c).exists()][rank()::world()]
+    missing = [c for c in range(len(counts)) if not class_file(folder, c).exists()][rank()::world()]
     barrier()                                           # nobody adds a file before all have seen what is missing
     parts = {c: np.array_split(np.flatnonzero(source.labels == c), math.ceil(counts[c] / 256)) for c in missing}
     images = read(source, [(part, flip[part]) for c in missing for part in parts[c]], cfg, cfg.workers)
     for c in tqdm(missing, desc="encode classes", disable=rank() > 0):
         x = torch.cat([encode(rae, next(images), cfg).half().cpu() for _ in parts[c]])
-        write_atomically(files.path(c), lambda f: np.save(f, x.numpy()))
+        write_atomically(class_file(folder, c), lambda f: np.save(f, x.numpy()))
     barrier()
-    return Latents(files, source.labels)
+    return Latents(folder, source.labels)
 
 
 def cached(folder, rae):
@@ -910,10 +913,9 @@ def cached(folder, rae):
     if shape != list(rae.mean.shape):
         raise UserError(f"{folder} holds latents of shape {shape}, the autoencoder makes {list(rae.mean.shape)}: they do "
                         "not belong together")
-    files = ClassFiles(folder, counts)
-    if missing := [c for c in range(len(counts)) if not files.path(c).exists()]:
+    if missing := [c for c in range(len(counts)) if not class_file(Path(folder), c).exists()]:
         raise UserError(f"{folder} is an unfinished cache, {len(missing)} classes are missing: finish it with --cache")
-    return Latents(files, np.repeat(np.arange(len(counts)), counts))
+    return Latents(Path(folder), np.repeat(np.arange(len(counts)), counts))
 
 
 def load_positives(rae, checkpoint, num_classes, cfg):
@@ -952,6 +954,12 @@ def classes_of(step, num_classes, cfg):
     return random(cfg, step, 0, 1).choice(num_classes, cfg.n_class, replace=False)[rank()::world()].tolist()
 
 
+def loss_options(cfg):
+    """drift_loss's keywords, all but its generator."""
+    return {name: getattr(cfg, name) for name in ("temperatures", "perturb", "y_softmax", "drift_norm", "perturb_all",
+                                                  "token_scale")}
+
+
 def class_gradient(student, pos, c, step, cfg):
     """Add the gradient of Eq. (10) for one class to the student's; returns what drift_loss says. pos [P,D,h,w]."""
     generator = torch.Generator(cfg.device).manual_seed(int(random(cfg, step, c + 1, 0).integers(2**63)))
@@ -961,9 +969,7 @@ def class_gradient(student, pos, c, step, cfg):
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])   # first: autocast would keep no_grad's copies of weights
         with torch.no_grad():  # modification 3: detached negatives
             extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
-    loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), cfg.temperatures, perturb=cfg.perturb,
-                            y_softmax=cfg.y_softmax, drift_norm=cfg.drift_norm, perturb_all=cfg.perturb_all,
-                            token_scale=cfg.token_scale, generator=generator)
+    loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), **loss_options(cfg), generator=generator)
     (loss.mean() * world() / cfg.n_class).backward()    # DistributedDataParallel takes the mean over the ranks
     return {"loss": loss.mean().detach(), **info}
 
@@ -1120,7 +1126,8 @@ def generate(sampler, rae, labels, cfg, blocks=None):
         z = torch.from_numpy(z).to(cfg.device)
         began = time.perf_counter()
         with autocast(cfg):
-            images = to_uint8(rae.decode(sampler(z, y).float()))
+            latents = sampler(z, y)
+        images = to_uint8(rae.decode(latents.float()))  # in float32: bf16 would round by half a grey level
         yield batches[b], images, time.perf_counter() - began
 
 
@@ -1140,7 +1147,7 @@ def sample_command(cfg):
     if classes.min() < 0 or classes.max() >= model.num_classes:
         raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {model.num_classes - 1}")
     labels = classes[torch.arange(cfg.sample) % len(classes)]  # §4: as many of each class
-    job = [student.stat().st_mtime_ns, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
+    job = [str(student), student.stat().st_mtime_ns, cfg.models, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
     part = to.with_name(f"{to.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]}.part")
     part.mkdir(exist_ok=True)
     files = [part / f"{b}.npy" for b in range(math.ceil(cfg.sample / cfg.batch_size))]
@@ -1295,7 +1302,7 @@ def cost_of_a_class(model, cfg):
         activations, total = memory.peak - fixed, flops.get_total_flops()
         gen, extra = (tokens(pos.new_empty(n, *pos.shape[1:])) for n in (cfg.n_neg, cfg.n_extra_neg))
         memory.peak = before = memory.now
-        drift_loss(gen, tokens(pos), extra, cfg.temperatures, perturb=cfg.perturb, y_softmax=cfg.y_softmax)
+        drift_loss(gen, tokens(pos), extra, **loss_options(cfg))
         return activations, memory.peak - before, total
 
 
@@ -1352,6 +1359,7 @@ def plan_command(cfg):
     # a CPU would take hours for a class of the true size: there, as few samples as 2 TFLOP allow, scaled by the FLOPs
     share = 1 if cuda else min(1, 2e12 / (flops + encoder))
     part = dataclasses.replace(cfg, **{k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")})
+    part.n_neg = max(2 - part.n_extra_neg, part.n_neg)
     pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
     model.grad_checkpoint, opt, ema = cfg.grad_checkpoint, optimizer(model, cfg), copy.deepcopy(model)
     net, images = torch.compile(model, dynamic=False) if cfg.compile else model, images[:part.n_pos]
@@ -1426,6 +1434,8 @@ def check(cfg):
         raise UserError("sampling takes --sample N and --to FILE.npz or --to FOLDER; --student and --classes go with them")
     if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > cfg.n_class and not cfg.sample:
         raise UserError(f"--n-class {cfg.n_class}: each of the {ranks} processes needs a class a step")
+    if cfg.perturb_all and not cfg.perturb or cfg.plan and cfg.decode_encode:
+        raise UserError("--perturb-all does not go with --no-perturb, nor --plan with --decode-encode")
     if cfg.latents and (cfg.data or cfg.cache) or cfg.cache and not cfg.data:
         raise UserError("--latents DIR stands in place of --data; --cache DIR goes with --data")
     with explain(f"--device {cfg.device} is not there", RuntimeError, AssertionError):
@@ -1444,7 +1454,7 @@ def resume(cfg, given):
     if other := [k for k in given if k not in free and given[k] != saved[k]]:
         raise UserError(f"--{other[0].replace('_', '-')} was {saved[other[0]]} in the run to be resumed: leave the "
                         "flag out, or start anew without --resume")
-    return Config(**saved | {k: v for k, v in given.items() if k in free} | {"device": cfg.device}), state
+    return Config(**saved | {k: v for k, v in given.items() if k in free} | {"device": cfg.device, "out": cfg.out}), state
 
 
 def distil_command(cfg, state):
@@ -1454,9 +1464,6 @@ def distil_command(cfg, state):
     path, saved, done = Path(cfg.teacher or out / "teacher.pt"), out / "state.pt", out / "student.pt"
     if not state and saved.exists() and not (done.exists() and done.stat().st_mtime >= saved.stat().st_mtime):
         raise UserError(f"{saved} is of an unfinished run: go on with --resume, or remove it, or take another --out")
-    barrier()
-    if not state and rank() == 0:
-        saved.unlink(missing_ok=True)                   # of a finished run: --resume must not take it for this one's
     if not cfg.teacher and cfg.preset != "digits":
         raise UserError("name the teacher's checkpoint with --teacher FILE")
     if not cfg.teacher and not path.exists() and rank() == 0:
@@ -1472,15 +1479,19 @@ def distil_command(cfg, state):
     if cfg.n_class > teacher.num_classes:
         raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
     positives = load_positives(rae, checkpoint, teacher.num_classes, cfg)
-    student = copy.deepcopy(teacher).to(cfg.device)
+    if not state and rank() == 0:
+        saved.unlink(missing_ok=True)                   # of a finished run: --resume must not take it for this one's
+    student = copy.deepcopy(teacher).to(cfg.device)     # §3.3: it starts from the teacher's weights
+    parts, checkpoint = {k: checkpoint[k] for k in ("rae",) if k in checkpoint}, None
+    if rank() > 0:
+        teacher = None                                  # gigabytes that only rank 0 needs again
     if cfg.init == "scratch":
         torch.manual_seed(cfg.seed)
         student.initialise()
     ema, distilled = train(student, positives, cfg, state)
     if rank() > 0:
         return
-    parts = {"ema": ema.state_dict(), "config": dataclasses.asdict(cfg)}
-    parts |= {"rae": checkpoint["rae"]} if "rae" in checkpoint else {}
+    parts |= {"ema": ema.state_dict(), "config": dataclasses.asdict(cfg)}
     write_atomically(done, lambda f: torch.save(parts, f))
     metrics = report(teacher.to(cfg.device), ema, rae, positives, cfg)
     total = time.perf_counter() - began

@@ -237,6 +237,18 @@ def test_a_rank_that_dies_ends_the_run(released, tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] > 0
 
 
+def test_sigterm_to_the_whole_group_saves_the_step(released, tmp_path):
+    """As schedulers and torchrun send it: to the workers too, which must not die before the step is done."""
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, command(released, tmp_path, "--steps", 100_000, "--workers",
+                                2, "--save-every", 1))], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "state.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume" in err and "Traceback" not in err, err
+
+
 def test_interrupted_sampling_goes_on(released, tmp_path, capsys, monkeypatch):
     run(*command(released, tmp_path / "out"))
     sample = ["--sample", 11, "--student", tmp_path / "out" / "student.pt", "--models", released / "models",
