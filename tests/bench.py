@@ -53,7 +53,7 @@ def bench_step():
 
     s = medians(20, **{
         "generator, forward and backward": lambda: dr.one_step(model, z, y).sum().backward(),
-        "detached negatives": no_grad_forward,
+        **({"detached negatives": no_grad_forward} if cfg.n_extra_neg else {}),
         "drift": lambda: dr.drift_loss(dr.tokens(z), dr.tokens(pos), dr.tokens(extra)),
         f"optimizer (a {cfg.n_class}th of a step)": opt.step})
     s[f"optimizer (a {cfg.n_class}th of a step)"] /= cfg.n_class

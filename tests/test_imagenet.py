@@ -318,6 +318,6 @@ print(predicted, peak() - before)
 def test_plan_prints_what_a_run_costs(capsys, released, tmp_path):
     run("--plan", "--out", tmp_path)
     out = capsys.readouterr().out
-    assert "1.1 M parameters" in out and "360 steps: " in out and "moving average" in out and not list(tmp_path.iterdir())
+    assert "1.1 M parameters" in out and "450 steps: " in out and "moving average" in out and not list(tmp_path.iterdir())
     run(*command(released, tmp_path), "--plan", "--data", "")
     assert "hours" in capsys.readouterr().out
