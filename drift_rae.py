@@ -1,8 +1,8 @@
 """Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE latent space -> a one-step generator.
 
-On 1,740 real 8×8 digits, Fréchet distance of pixels: student in one step 0.129 ± 0.007, teacher in 50 points
-0.152 ± 0.021, in one step 2.6; 0.157 between two halves of the data. 282 s in all on 2 CPU cores (AMD EPYC),
-3 seeds, by the first command. ImageNet-256 (the paper: FID 1.77) is not reproduced yet.
+On 1,740 real 8×8 digits, Fréchet distance of pixels, 3 seeds: student in one step 0.135 ± 0.005, teacher in 50 points
+0.164 ± 0.014, in one step 2.6; 0.157 between two halves of the data. The first command below took 280 s on 2 CPU cores
+(AMD EPYC). ImageNet-256 (the paper: FID 1.77) is not reproduced.
 
     python drift_rae.py                          digits on a CPU: RAE, teacher, student, table, samples.png
     python drift_rae.py --teacher ckpt.pt        distil this teacher (--data DIR; --preset imagenet256: Table 8)
