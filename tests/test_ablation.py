@@ -26,7 +26,9 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("ablation with space ü")
     make_teacher(out / "teacher.pt", steps=(20, 20, 20))
     command = [sys.executable, ablation.__file__, "--out", out, "--rows", "B", *TINY, "--seeds", "3"]
-    path, p = out / "ablation.json", subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    path, p = out / "ablation.json", subprocess.Popen(
+        command, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background job would ignore it
     while not path.exists() and p.poll() is None:
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGINT)                     # as a terminal sends it: to parent and workers

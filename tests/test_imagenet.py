@@ -297,8 +297,8 @@ from toy.digits import TEACHER
 def peak():
     return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) * 1024
 torch.set_num_threads(1)
-cfg = dr.Config(device='cpu', n_neg=768, n_extra_neg=256, n_pos=512, grad_checkpoint={checkpointing})
-model = dr.DiTDH(**TEACHER | dict(depth=(8, 1))).eval()
+cfg = dr.Config(device='cpu', n_neg=1024, n_extra_neg=1024, n_pos=1024, grad_checkpoint={checkpointing})
+model = dr.DiTDH(**TEACHER | dict(depth=(12, 1))).eval()
 model.grad_checkpoint = cfg.grad_checkpoint
 predicted = dr.cost_of_a_class(model, cfg)[0]
 dr.class_gradient(model, torch.randn(4, 48, 2, 2), 0, 0, dataclasses.replace(cfg, n_neg=4, n_extra_neg=4, n_pos=4))
