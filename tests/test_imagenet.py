@@ -308,7 +308,8 @@ before = peak()
 dr.class_gradient(model, pos, 0, 0, cfg)
 print(predicted, peak() - before)
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True,
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})     # freed memory goes back at once
     assert out.returncode == 0, out.stderr
     predicted, real = map(float, out.stdout.split())
     print(predicted, real)
