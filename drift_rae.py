@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval_fid import UserError, explain, frechet_distance, mean_and_covariance, precision_recall, write_atomically
+from eval_fid import Parser, UserError, exit_code, explain, write_atomically
 
 # ----------------------------------------------------------------------------------------------------
 # Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
@@ -357,7 +357,7 @@ class RAE(nn.Module):
     def encode(self, images):
         """Images [B,3,H,W] in [0,1] -> normalised latents [B,D,h,w]."""
         if images.shape[-2:] != (self.input_size, self.input_size):
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")  # no antialias, as released
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")  # as released
         tokens = self.encoder((images - self.pixel_mean) / self.pixel_std)  # [B,N,D]
         return (tokens.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / (self.var + self.eps).sqrt()
 
@@ -456,7 +456,7 @@ class DiTDH(nn.Module):
         self.t_embedder = TimeEmbedding(enc)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, enc)})
         self.enc_feat_rope, self.dec_feat_rope = (RoPE(d // h, input_size) for d, h in zip(hidden_size, num_heads))
-        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio read off a file may be 1e-16 off
+        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # a ratio from a file may be 1e-16 off
                                     for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
         self.final_layer = FinalLayer(dec, in_channels)
         self.initialise()
@@ -659,7 +659,7 @@ def load_teacher(path, checkpoint=None):
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     with explain(f"{path} is not a DiT^DH checkpoint", KeyError, IndexError, ValueError, RuntimeError, AttributeError):
         sd = checkpoint.get("ema", checkpoint).items()
-        sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in sd}     # of DistributedDataParallel, torch.compile
+        sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in sd}     # of DDP, torch.compile
         model = DiTDH.from_state_dict(sd)
     if bad := [k for k, v in model.state_dict().items() if not v.isfinite().all()]:
         raise UserError(f"{path} holds NaN or infinite weights, first in {bad[0]}: take an earlier checkpoint")
@@ -673,7 +673,7 @@ def load_encoder(cfg):
     if path.exists():
         sd = read_checkpoint(path)
     else:
-        with explain(f"there is no encoder at {path}, nor could it be downloaded: run curl --create-dirs -o {path} {url}",
+        with explain(f"no encoder at {path}, nor could it be downloaded: run curl --create-dirs -o {path} {url}",
                      OSError):
             sd = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     patch, (_, positions, dim) = sd["patch_embed.proj.weight"].shape[-1], sd["pos_embed"].shape
@@ -887,13 +887,13 @@ def cache(source, rae, cfg):
         need, free = 2 * math.prod(about["shape"]), shutil.disk_usage(info.parent).free
         print(f"{cfg.cache} will hold {need / 1e9:.1f} GB of latents; {free / 1e9:.1f} GB are free")
         if need > free:
-            raise UserError(f"--cache {cfg.cache}: {need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: take another "
-                            "disk, or leave --cache out and encode on the fly")
+            raise UserError(f"--cache {cfg.cache}: {need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: take "
+                            "another disk, or leave --cache out and encode on the fly")
         write_atomically(info, lambda f: f.write(json.dumps(about).encode()))
     barrier()
     if json.loads(info.read_text()) != about:
-        raise UserError(f"{cfg.cache} is the cache of other images, another encoder, --dtype, --flip or --seed: name an "
-                        "empty folder, or use it as it is with --latents")
+        raise UserError(f"{cfg.cache} is the cache of other images, another encoder, --dtype, --flip or --seed: name "
+                        "an empty folder, or use it as it is with --latents")
     missing = [c for c in range(len(counts)) if not class_file(folder, c).exists()][rank()::world()]
     barrier()                                           # nobody adds a file before all have seen what is missing
     parts = {c: np.array_split(np.flatnonzero(source.labels == c), math.ceil(counts[c] / 256)) for c in missing}
@@ -907,12 +907,12 @@ def cache(source, rae, cfg):
 
 def cached(folder, rae):
     """The Latents of a finished cache, without the images."""
-    with explain(f"{folder} is no cache of latents: make it with --data DIR --cache {folder}", OSError, ValueError, KeyError):
+    with explain(f"{folder} is no cache: make it with --data DIR --cache {folder}", OSError, ValueError, KeyError):
         about = json.loads(Path(folder, "cache.json").read_text())
         counts, shape = about["images_per_class"], about["shape"][1:]
     if shape != list(rae.mean.shape):
-        raise UserError(f"{folder} holds latents of shape {shape}, the autoencoder makes {list(rae.mean.shape)}: they do "
-                        "not belong together")
+        raise UserError(f"{folder} holds latents of shape {shape}, the autoencoder makes {list(rae.mean.shape)}: they "
+                        "do not belong together")
     if missing := [c for c in range(len(counts)) if not class_file(Path(folder), c).exists()]:
         raise UserError(f"{folder} is an unfinished cache, {len(missing)} classes are missing: finish it with --cache")
     return Latents(Path(folder), np.repeat(np.arange(len(counts)), counts))
@@ -926,7 +926,7 @@ def load_positives(rae, checkpoint, num_classes, cfg):
     if cfg.latents:
         return Positives(cached(cfg.latents, rae), num_classes, cfg, rae)
     if "images" not in checkpoint:
-        raise UserError("this teacher's file brings no images: name real ones with --data FOLDER, in a subfolder a class")
+        raise UserError("the teacher's file brings no images: name real ones with --data FOLDER, a subfolder a class")
     latents = Latents(encode(rae, checkpoint["images"], cfg).cpu().numpy(), checkpoint["labels"].numpy())
     return Positives(latents, num_classes, cfg, rae, checkpoint["images"])
 
@@ -943,8 +943,8 @@ def tokens(latents):
 def random(cfg, *what):
     """A generator of its own for each thing that is drawn.
 
-    what: (step, 0, 1) the classes of a step, (step, class + 1, 1) the positives, (step, class + 1, 0) noise, (i, 0, 3) the
-    noise of sample i, (0, 0, 2) the flips of a cache. So neither a break nor the number of ranks changes anything.
+    what: (step, 0, 1) the classes of a step, (step, class + 1, 1) the positives, (step, class + 1, 0) noise, (i, 0, 3)
+    the noise of sample i, (0, 0, 2) the flips of a cache. So neither a break nor the number of ranks changes anything.
     """
     return np.random.default_rng([cfg.seed, *what])
 
@@ -1097,7 +1097,7 @@ def train(student, positives, cfg, state=None):
                 speed = (step + 1) * cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / seconds
                 log({"step": step, "lr": lr, "grad_norm": norm, "images_per_s": speed, **row})
                 drift = sum(v for k, v in row.items() if k.startswith("drift_")) / len(cfg.temperatures)
-                bar.set_postfix({"drift": f"{drift:.3f}", "grad": f"{norm:.2f}", "img/s": f"{speed:.0f}"}, refresh=False)
+                bar.set_postfix_str(f"drift {drift:.3f}, grad {norm:.2f}, {speed:.0f} images/s", refresh=False)
                 if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
                              "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg)}
@@ -1134,8 +1134,8 @@ def generate(sampler, rae, labels, cfg, blocks=None):
 def sample_command(cfg):
     """--sample N: class-balanced images of the student to --to, an ADM .npz or a folder of PNGs.
 
-    Shared over the ranks, memory independent of N. Each batch is a file until all are there, so the same command goes on
-    where it was interrupted.
+    Shared over the ranks, memory independent of N. Each batch is a file until all are there, so the same command goes
+    on where it was interrupted.
     """
     to, student = Path(cfg.to).absolute(), Path(cfg.student or Path(cfg.out, "student.pt"))
     if to.is_dir() and any(to.iterdir()):
@@ -1147,7 +1147,8 @@ def sample_command(cfg):
     if classes.min() < 0 or classes.max() >= model.num_classes:
         raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {model.num_classes - 1}")
     labels = classes[torch.arange(cfg.sample) % len(classes)]  # §4: as many of each class
-    job = [str(student), student.stat().st_mtime_ns, cfg.models, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size, cfg.dtype]
+    job = [str(student), student.stat().st_mtime_ns, cfg.models, cfg.sample, cfg.classes, cfg.seed, cfg.batch_size,
+           cfg.dtype]
     part = to.with_name(f"{to.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]}.part")
     part.mkdir(exist_ok=True)
     files = [part / f"{b}.npy" for b in range(math.ceil(cfg.sample / cfg.batch_size))]
@@ -1185,23 +1186,6 @@ def save_pngs(to, files, labels, folder):
     os.replace(folder, to)
 
 
-def pixel_metrics(images, labels, real, real_labels):
-    """Fréchet distance, precision, recall, label accuracy and nearest_real of grey pixels in [0,1].
-
-    images, real: uint8 [n,H,W,3]. Label accuracy: how often the nearest real image has the class that
-    was asked for. nearest_real: median distance to it, over the same median among the real images
-    (1 is as new as the data, 0 a copy).
-    """
-    fake, real = (x.double().mean(-1).flatten(1) / 255 for x in (images, real))     # [n,H·W]
-    among_real = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1)
-    distance, nearest = torch.cdist(fake, real).min(1)
-    precision, recall = precision_recall(real, fake)
-    return {"fd": frechet_distance(*mean_and_covariance(fake), *mean_and_covariance(real)),
-            "precision": precision, "recall": recall,
-            "label_accuracy": (real_labels[nearest] == labels).double().mean().item(),
-            "nearest_real": (distance.median() / among_real.median()).item()}
-
-
 def contact_sheet(panels, rows, path):
     """Side by side {title: images uint8 [rows·k,H,W,3]}, a row of k images a class."""
     sheet = None
@@ -1217,10 +1201,7 @@ def contact_sheet(panels, rows, path):
 
 
 def report(teacher, student, rae, positives, cfg):
-    """samples.png; for the digits also the table, of as many samples as there are real images -> metrics.json.
-
-    The row "real": a random half against the other one.
-    """
+    """samples.png; where the real images are few and at hand, also the table -> what belongs in metrics.json."""
     k, of = min(8, cfg.n_pos), range(min(10, len(positives.members)))       # images a class in samples.png
     if positives.images is None:
         few = [[part[:k] for part in positives.draw(0, c)] for c in of]
@@ -1231,28 +1212,19 @@ def report(teacher, student, rae, positives, cfg):
         real, labels = positives.images, torch.from_numpy(positives.labels)
     shown = torch.cat([(labels == c).nonzero()[:k, 0] for c in of])
     samplers = {"teacher_1step": lambda z, y: one_step(teacher, z, y),
-                f"teacher_{cfg.teacher_steps}step": lambda z, y: ode_sample(teacher, z, y, cfg.teacher_steps, cfg.shift),
+                f"teacher_{(n := cfg.teacher_steps)}step": lambda z, y: ode_sample(teacher, z, y, n, cfg.shift),
                 "student_1step": lambda z, y: one_step(student, z, y)}
     panels, metrics = {"real": real}, {}
-    list(generate(samplers["teacher_1step"], rae, labels[:cfg.batch_size], cfg))    # else the first pays for the warm-up
+    list(generate(samplers["teacher_1step"], rae, labels[:cfg.batch_size], cfg))    # or the first pays for warm-up
     for name, sampler in samplers.items():
         _, images, seconds = zip(*tqdm(generate(sampler, rae, labels, cfg), desc=name, leave=False))
         panels[name], metrics[name] = torch.cat(images), {"seconds_per_image": sum(seconds) / len(labels)}
     contact_sheet({name.replace("_", " ").replace("step", " step"): x[shown] for name, x in panels.items()},
                   len(of), Path(cfg.out, "samples.png"))
-    if positives.images is None:
-        return metrics
-    for name in samplers:
-        metrics[name] |= pixel_metrics(panels[name], labels, real, labels)
-    a, b = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).chunk(2)
-    metrics["real"] = pixel_metrics(real[a], labels[a], real[b], labels[b])
-    recon = to_uint8(rae.decode(rae.encode(to_float(real).to(cfg.device))))
-    metrics["reconstruction"] = pixel_metrics(recon, labels, real, labels)
-    print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
-    for name in ("real", "reconstruction", *samplers):
-        m = metrics[name]
-        print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
-              f"{m['nearest_real']:9.3f}" + (f"{1e3 * m['seconds_per_image']:10.3f}" if name in samplers else ""))
+    if positives.images is not None:
+        from toy.digits import table
+        panels["reconstruction"] = to_uint8(rae.decode(rae.encode(to_float(real).to(cfg.device))))
+        table(panels, labels, metrics)
     return metrics
 
 
@@ -1268,7 +1240,7 @@ class Allocated(TorchDispatchMode):
         self.now, self.peak, self.alive = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **{k: None if k == "generator" else v for k, v in (kwargs or {}).items()})  # no fake takes one
+        out = func(*args, **{k: None if k == "generator" else v for k, v in (kwargs or {}).items()})   # fakes take none
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.alive:
                 self.alive.add(storage)
@@ -1336,7 +1308,7 @@ def median_seconds(function, cfg, repeats=3):
 
 
 def plan_command(cfg):
-    """--plan: parameters, FLOPs and memory of the run, and its hours from a few steps on random data; reads no images."""
+    """--plan: parameters, FLOPs, memory, and hours from a few steps on random data; reads no images."""
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 * (cfg.device == "cpu")        # Linux: KiB
     model, rae, size = random_pair(cfg)
     activations, drift, flops = cost_of_a_class(model, cfg)
@@ -1345,33 +1317,37 @@ def plan_command(cfg):
     with FlopCounterMode(display=False) as counter:
         encode(rae, images[:1], cfg)
     encoder = counter.get_total_flops() * len(images)
-    print(f"{n / 1e6:.1f} M parameters, autoencoder {n_rae / 1e6:.1f} M; {(flops + encoder) * cfg.n_class / 1e12:.4g} TFLOP a "
-          f"step of {cfg.n_class} classes, of which the encoder {encoder / (flops + encoder):.0%}")
+    total = flops + encoder
+    print(f"{n / 1e6:.1f} M parameters, autoencoder {n_rae / 1e6:.1f} M; {total * cfg.n_class / 1e12:.4g} TFLOP a step "
+          f"of {cfg.n_class} classes, of which the encoder {encoder / total:.0%}")
     memory = {"weights": 4 * n, "gradient": 4 * n, "AdamW's two moments": 8 * n, "moving average": 4 * n,
-              "autoencoder": 4 * n_rae, "Python and its libraries": base, "drift": drift, "activations": activations - drift}
+              "autoencoder": 4 * n_rae, "Python and its libraries": base, "drift": drift,
+              "activations": activations - drift}
     for name, amount in (memory | {"together": (need := sum(memory.values()))}).items():
         print(f"{name:25}{amount / 1e9:10.3f} GB")
     cuda = cfg.device.startswith("cuda")
     have = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
-        print(f"{cfg.device} has {have / 1e9:.1f} GB: too little. Try --grad-checkpoint, --dtype bf16 or a smaller --n-neg")
+        print(f"{cfg.device} has {have / 1e9:.1f} GB: too little. Try --grad-checkpoint, --dtype bf16, a lower --n-neg")
         return
     # a CPU would take hours for a class of the true size: there, as few samples as 2 TFLOP allow, scaled by the FLOPs
-    share = 1 if cuda else min(1, 2e12 / (flops + encoder))
-    part = dataclasses.replace(cfg, **{k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")})
+    share = 1 if cuda else min(1, 2e12 / total)
+    counts = {k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")}
+    part = dataclasses.replace(cfg, **counts)
     part.n_neg = max(2 - part.n_extra_neg, part.n_neg)
     pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
     model.grad_checkpoint, opt, ema = cfg.grad_checkpoint, optimizer(model, cfg), copy.deepcopy(model)
     net, images = torch.compile(model, dynamic=False) if cfg.compile else model, images[:part.n_pos]
     seconds = median_seconds(lambda: (encode(rae, images, cfg), class_gradient(net, pos, 0, 0, part)), cfg)
     if share < 1:
-        seconds *= (flops + encoder) / (cost_of_a_class(model, part)[-1] + encoder / cfg.n_pos * part.n_pos)
+        seconds *= total / (cost_of_a_class(model, part)[-1] + encoder / cfg.n_pos * part.n_pos)
     step = cfg.n_class * seconds + median_seconds(lambda: (opt.step(), move_average(ema, model, 0.5)), cfg)
-    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}: {seconds:.4g} s a class{' (fewer samples, scaled up)' * (share < 1)}"
-          f", {cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step:.4g} images/s, {(flops + encoder) / seconds / 1e12:.3g} TFLOP/s"
+    speed = cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}: {seconds:.4g} s a class"
+          f"{' (fewer samples, scaled up)' * (share < 1)}, {speed:.4g} images/s, {total / seconds / 1e12:.3g} TFLOP/s"
           + (f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""))
-    print(f"{cfg.steps} steps: {cfg.steps * step / 3600:.3g} hours on one such device; with R of them an R-th, and the time "
-          "to exchange gradients")
+    print(f"{cfg.steps} steps: {cfg.steps * step / 3600:.3g} hours on one such device; with R of them an R-th, and the "
+          "time to exchange gradients")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1382,19 +1358,14 @@ def load_pair(path, cfg):
     """(generator, RAE, checkpoint), on the device, or a UserError if they do not belong together."""
     checkpoint = read_checkpoint(path)
     model = load_teacher(path, checkpoint).to(cfg.device)
-    with explain(f"the autoencoder of {path if 'rae' in checkpoint else f'--models {cfg.models}'} does not load", KeyError,
-                 TypeError, ValueError, RuntimeError, AttributeError):
+    with explain(f"the autoencoder of {path if 'rae' in checkpoint else f'--models {cfg.models}'} does not load",
+                 KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         rae = load_rae(checkpoint, cfg).to(cfg.device)
     shape = [model.in_channels, model.input_size, model.input_size]
     if list(rae.mean.shape) != shape:
         raise UserError(f"{path} makes latents of shape {shape}, the autoencoder has {list(rae.mean.shape)}: "
                         "they do not belong together")
     return model, rae, checkpoint
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (all flags: --help)")
 
 
 def parse(argv):
@@ -1431,7 +1402,7 @@ def check(cfg):
     if min(cfg.temperatures) <= 0:
         raise UserError("--temperatures must be positive")
     if bool(cfg.sample) != bool(cfg.to) or (cfg.classes or cfg.student) and not cfg.sample:
-        raise UserError("sampling takes --sample N and --to FILE.npz or --to FOLDER; --student and --classes go with them")
+        raise UserError("sampling takes --sample N and --to FILE.npz or FOLDER; --student and --classes go with them")
     if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > cfg.n_class and not cfg.sample:
         raise UserError(f"--n-class {cfg.n_class}: each of the {ranks} processes needs a class a step")
     if cfg.perturb_all and not cfg.perturb or cfg.plan and cfg.decode_encode:
@@ -1450,11 +1421,12 @@ def resume(cfg, given):
     free, saved = {"out", "resume", "device", "save_every", "teacher", "data", "cache", "latents", "workers", "models",
                    "batch_size", "compile", "grad_checkpoint"}, state["config"]
     if saved.keys() != dataclasses.asdict(cfg).keys():
-        raise UserError(f"{cfg.out}/state.pt is of another version of this script: finish it with that one, or start anew")
+        raise UserError(f"{cfg.out}/state.pt is of another version of this script: finish it with that, or start anew")
     if other := [k for k in given if k not in free and given[k] != saved[k]]:
         raise UserError(f"--{other[0].replace('_', '-')} was {saved[other[0]]} in the run to be resumed: leave the "
                         "flag out, or start anew without --resume")
-    return Config(**saved | {k: v for k, v in given.items() if k in free} | {"device": cfg.device, "out": cfg.out}), state
+    new = {k: v for k, v in given.items() if k in free} | {"device": cfg.device, "out": cfg.out}
+    return Config(**saved | new), state
 
 
 def distil_command(cfg, state):
@@ -1499,27 +1471,19 @@ def distil_command(cfg, state):
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)},
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}     # Linux: KiB
     write_atomically(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: see student.pt, samples.png, metrics.json and log.csv "
-          f"in {out}")
+    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: see student.pt, samples.png, metrics.json and log.csv in "
+          f"{out}")
 
 
-def main(argv=None):
-    """Exit code: 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
-    try:
-        cfg, given = parse(argv)
-        state = None
-        if cfg.resume:
-            cfg, state = resume(cfg, given)
-        check(cfg)
-        with process_group(cfg):
-            plan_command(cfg) if cfg.plan else sample_command(cfg) if cfg.sample else distil_command(cfg, state)
-        return 0
-    except KeyboardInterrupt as e:
-        print(f"drift_rae.py: interrupted{', ' * bool(str(e))}{e}", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as e:
-        print(f"drift_rae.py: {e}", file=sys.stderr)
-        return 2
+@exit_code
+def main(argv):
+    cfg, given = parse(argv)
+    state = None
+    if cfg.resume:
+        cfg, state = resume(cfg, given)
+    check(cfg)
+    with process_group(cfg):
+        plan_command(cfg) if cfg.plan else sample_command(cfg) if cfg.sample else distil_command(cfg, state)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import zipfile
 import zlib
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +37,41 @@ BAD_WEIGHTS = (RuntimeError, TypeError, KeyError, ValueError, IndexError, EOFErr
 
 
 class UserError(Exception):
-    """Something the user can put right: main() prints it as one sentence and exits with code 2."""
+    """Something the user can put right: exit_code prints it as one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (all flags: --help)")
+
+
+def exit_code(main):
+    """main(argv) -> one that returns 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
+    script = Path(main.__code__.co_filename).name
+
+    @wraps(main)
+    def run(argv=None):
+        try:
+            main(argv)
+            return 0
+        except KeyboardInterrupt as e:
+            print(f"{script}: interrupted{', ' * bool(str(e))}{e}", file=sys.stderr)
+            return 130
+        except (UserError, OSError) as e:
+            print(f"{script}: {e}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def write_atomically(path, write):
     """write(file) to a temporary neighbour of path, then rename: path is the old file or the new one."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-        os.replace(temporary, path)
-    except RuntimeError as e:  # what torch.save makes of an OSError
-        raise UserError(f"cannot write {path}, the old file is kept: is the disk full? ({str(e).splitlines()[0]})") from e
+    try:  # torch.save makes a RuntimeError of an OSError
+        with explain(f"cannot write {path}, an old file is kept: is the disk full?", OSError, RuntimeError):
+            with open(temporary, "wb") as f:
+                write(f)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -486,8 +509,7 @@ def print_table(args, result):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="generated images: folder or .npz")
     parser.add_argument("reference", type=Path, help="real images or their statistics: folder or .npz")
     parser.add_argument("--features", choices=["inception", "dinov2", "pixels"], default="inception")
@@ -514,18 +536,15 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    try:
-        args = parse_args(argv)
-        result = evaluate(args)
-        if args.json:
-            text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-            write_atomically(args.json, lambda f: f.write(text.encode()))
-        print_table(args, result)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+@exit_code
+def main(argv):
+    args = parse_args(argv)
+    result = evaluate(args)
+    if args.json:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically(args.json, lambda f: f.write(text.encode()))
+    print_table(args, result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -235,9 +235,14 @@ def test_full_disk(teacher, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file may grow beyond: state.pt would
     try:
         fails(capsys, "--teacher", teacher, "--out", tmp_path, *TINY, saying="cannot write .*state.pt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))      # nor now: 100 images would
+        sample = "--sample", 100, "--student", teacher, "--to", tmp_path / "x.npz"
+        fails(capsys, *sample, "--batch-size", 40, saying="cannot write .*x.npz, .*disk full")
+        fails(capsys, *sample, saying="cannot write .*0.npy, .*disk full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
+    assert dr.main([*map(str, sample), "--batch-size", "40"]) == 0          # goes on, and cleans up
+    assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".npz", ".part"}      # .part: of the third command
 
 
 def test_files_are_old_or_new_never_half(tmp_path):
@@ -246,6 +251,6 @@ def test_files_are_old_or_new_never_half(tmp_path):
     def broken(f):
         f.write(b"half")
         raise OSError("disk full")
-    with pytest.raises(OSError):
+    with pytest.raises(dr.UserError, match="disk full"):
         dr.write_atomically(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -41,12 +41,7 @@ def cross_nuclear(a, b):
 
 def call(capsys, *argv):
     """main() in this process -> (exit code, stdout, stderr)."""
-    code = 0
-    try:
-        ev.main([str(a) for a in argv])
-    except SystemExit as error:
-        code = error.code
-    return (code, *capsys.readouterr())
+    return (ev.main([str(a) for a in argv]), *capsys.readouterr())
 
 
 def images(n, size=8, seed=0, low=0, high=256):
@@ -407,7 +402,7 @@ def test_command_as_a_user(tmp_path):
     assert {key: out[key] for key in rest} == rest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fake.npz", "out.json", "real"]  # no temporary file
     done = subprocess.run(run[:3] + ["nowhere"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nowhere does not exist\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "eval_fid.py: nowhere does not exist\n")
 
 
 def test_command_inception(tmp_path, capsys, inception, weights):
@@ -535,6 +530,7 @@ def bad_inputs(folder):
               "weights text": ([good, good, "--weights", folder / "text.pth"], "does not hold the inception"),
               "weights other": ([good, good, "--features", "dinov2", "--weights", folder / "wrong.pth"],
                                 "does not hold the dinov2"),
+              "unknown": ([good, good, "--featurs", "pixels"], "--help"),
               "batch": ([good, good, *pixels, "--batch-size", "0"], "at least 1"),
               "resize": ([good, good, *pixels, "--resize", "tf"], "--resize belongs to"),
               "device": ([good, good, *pixels, "--device", "abacus"], "cannot be used"),
@@ -546,7 +542,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     for name, (argv, words) in bad_inputs(tmp_path).items():
         code, out, err = call(capsys, *argv)
         assert code == 2 and out == "", (name, out)
-        assert err.startswith("error: ") and err.count("\n") == 1 and words in err, (name, err)
+        assert err.startswith("eval_fid.py: ") and err.count("\n") == 1 and words in err, (name, err)
 
 
 def test_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
@@ -557,4 +553,4 @@ def test_weights_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(ev.WEIGHTS, name, missing)
         code, _, err = call(capsys, tmp_path / "x.npz", tmp_path / "x.npz", "--features", name)
         assert code == 2 and missing in err and "--weights" in err and url.startswith("https://")
-        assert err.splitlines()[-1].startswith(f"error: the {name} weights are not in {tmp_path}")
+        assert err.splitlines()[-1].startswith(f"eval_fid.py: the {name} weights are not in {tmp_path}")

@@ -32,9 +32,9 @@ from scipy import stats
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (Config, Parser, UserError, generate, load_pair, load_positives, one_step,  # noqa: E402
-                       pixel_metrics, train, write_atomically)
-from toy.digits import make_teacher  # noqa: E402
+from drift_rae import Config, generate, load_pair, load_positives, one_step, train  # noqa: E402
+from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
+from toy.digits import make_teacher, pixel_metrics  # noqa: E402
 
 TABLES = {"3": "Table 3: the three modifications", "5": "Table 5: perturbation and y-softmax, at 64 / 64",
           "late": "Table 5, the late collapse: 5 times the steps; fast: 3 times the learning rate",
@@ -161,7 +161,8 @@ def measure(rows, args, path):
         return runs
     todo = sorted(todo.values(), key=lambda job: (job[2], -cost(job[1])))   # seed by seed, the long ones first
     jobs, total = min(args.jobs, len(todo)), sum(cost(job[1]) for job in todo)
-    print(f"{len(todo)} runs to do, about {total / jobs / 60:.1f} minutes on {jobs} idle cores; {len(runs)} are done")
+    print(f"{len(todo)} runs to do, about {total / jobs / 60:.1f} minutes on {jobs} idle cores; {len(runs)} are done. "
+          "Ctrl-C keeps what is finished, the same command goes on")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's; the workers inherit this
     with (multiprocessing.get_context("spawn").Pool(jobs) as pool,
           tqdm(total=total, desc="ablation", smoothing=0, bar_format=BAR) as bar):      # counts estimated seconds
@@ -293,7 +294,7 @@ def parse(argv):
     add("--rows", nargs="+", metavar="ROW", help=f"rows by name, or tables: {', '.join(TABLES)} (default: all)")
     add("--seeds", type=int, metavar="N", help="seeds of each row, 0 to N − 1 (default: 5; with --quick 3)")
     add("--steps", type=int, metavar="N", help="optimizer steps of a row (default: 80; with --quick 40)")
-    add("--jobs", type=int, metavar="N", default=os.cpu_count(), help="runs at a time, each of one thread (default: cores)")
+    add("--jobs", type=int, metavar="N", default=os.cpu_count(), help="runs at a time, a thread each (default: cores)")
     add("--quick", action="store_true", help="Tables 3 and 5 with few seeds and steps")
     add("--markdown", action="store_true", help="print OUT/ablation.json as Markdown and do nothing else")
     args = parser.parse_args(argv)
@@ -308,26 +309,18 @@ def parse(argv):
     return args, [row for row in ROWS if row.table in chosen or row.name in chosen]
 
 
-def main(argv=None):
-    """Exit code: 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
-    try:
-        args, rows = parse(argv)
-        path = Path(args.out, "ablation.json")
-        if not args.markdown:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        runs = read(path) if args.markdown else measure(rows, args, path)
-        if not finished(rows, runs, args):
-            raise UserError(f"{path} has no run of these rows at --steps {args.steps}: leave out --markdown")
-        print("\n".join(show(rows, runs, args)))
-        if not args.markdown:
-            draw(rows, runs, args, path.with_suffix(".png"))
-        return 0
-    except KeyboardInterrupt:
-        print("ablation.py: interrupted; finished runs are kept, the same command goes on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as e:
-        print(f"ablation.py: {e}", file=sys.stderr)
-        return 2
+@exit_code
+def main(argv):
+    args, rows = parse(argv)
+    path = Path(args.out, "ablation.json")
+    if not args.markdown:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    runs = read(path) if args.markdown else measure(rows, args, path)
+    if not finished(rows, runs, args):
+        raise UserError(f"{path} has no run of these rows at --steps {args.steps}: leave out --markdown")
+    print("\n".join(show(rows, runs, args)))
+    if not args.markdown:
+        draw(rows, runs, args, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

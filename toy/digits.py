@@ -23,7 +23,9 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import RAE, Decoder, DiTDH, ViT, flow_matching_loss, to_float, write_atomically  # noqa: E402
+from drift_rae import RAE, Decoder, DiTDH, ViT, flow_matching_loss, to_float  # noqa: E402
+from eval_fid import (Parser, exit_code, frechet_distance, mean_and_covariance, precision_recall,  # noqa: E402
+                      write_atomically)
 
 ENCODER = dict(img_size=8, patch_size=4, embed_dim=48, depth=3, num_heads=4, num_registers=4, mlp_ratio=4)
 DECODER = dict(latent_dim=48, width=96, depth=2, num_heads=4, mlp_dim=192, patch_size=4, grid=2)
@@ -111,14 +113,53 @@ def make_teacher(path, seed=0, steps=STEPS):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def pixel_metrics(images, labels, real, real_labels):
+    """Fréchet distance, precision, recall, label accuracy and nearest_real of grey pixels in [0,1].
+
+    images, real: uint8 [n,H,W,3]. Label accuracy: how often the nearest real image has the class that
+    was asked for. nearest_real: median distance to it, over the same median among the real images
+    (1 is as new as the data, 0 a copy).
+    """
+    fake, real = (x.double().mean(-1).flatten(1) / 255 for x in (images, real))     # [n,H·W]
+    among_real = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1)
+    distance, nearest = torch.cdist(fake, real).min(1)
+    precision, recall = precision_recall(real, fake)
+    return {"fd": frechet_distance(*mean_and_covariance(fake), *mean_and_covariance(real)),
+            "precision": precision, "recall": recall,
+            "label_accuracy": (real_labels[nearest] == labels).double().mean().item(),
+            "nearest_real": (distance.median() / among_real.median()).item()}
+
+
+def table(panels, labels, metrics):
+    """Print pixel_metrics of all panels {name: images} against panels["real"], and add them to metrics {name: dict}.
+
+    The row "real": a random half against the other one.
+    """
+    real = panels["real"]
+    a, b = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).chunk(2)
+    print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
+    for name in ("real", "reconstruction", *metrics):
+        m = pixel_metrics(*((real[a], labels[a], real[b], labels[b]) if name == "real" else
+                            (panels[name], labels, real, labels)))
+        m = metrics[name] = m | metrics.get(name, {})
+        time = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
+        print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
+              f"{m['nearest_real']:9.3f}{time}")
+
+
+@exit_code
+def main(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder that receives teacher.pt (default: out)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
                         help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.steps) < 11:                            # a tenth of them is OneCycleLR's warm-up
         parser.error("--steps: each at least 11")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,10 +31,11 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (RAE, Config, Decoder, DiTDH, Parser, UserError, ViT, distances,  # noqa: E402
-                       flow_matching_loss, generate, load_rae, ode_sample, one_step, pixel_metrics, read_checkpoint,
-                       signed_weights, to_float, to_uint8, tokens, train, write_atomically)
-from toy.digits import DECODER, ENCODER, fit, make_teacher  # noqa: E402
+from drift_rae import (RAE, Config, Decoder, DiTDH, ViT, distances, flow_matching_loss, generate,  # noqa: E402
+                       load_rae, ode_sample, one_step, read_checkpoint, signed_weights, to_float, to_uint8, tokens,
+                       train)
+from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
+from toy.digits import DECODER, ENCODER, fit, make_teacher, pixel_metrics  # noqa: E402
 
 DIT = dict(input_size=2, depth=(1, 1), num_heads=(4, 4), num_classes=10, class_dropout_prob=0.0)
 DRIFT = dict(n_class=2, n_pos=64, n_neg=64, n_extra_neg=0, lr=3e-3, ema=0.98, save_every=10**9)
@@ -450,22 +451,13 @@ def run(args):
     print(f"\n{seconds:.0f} s: see theorem1.png, curvature.png and geometry.json in {out}")
 
 
-def main(argv=None):
-    """Exit code: 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
-    try:
-        args = parse(argv)
-        if args.latents:
-            for name, value in token_statistics(*read_latents(args.latents)).items():
-                print(f"{name:6} {value:.6f}")
-        else:
-            run(args)
-        return 0
-    except KeyboardInterrupt:
-        print("geometry.py: interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as e:
-        print(f"geometry.py: {e}", file=sys.stderr)
-        return 2
+@exit_code
+def main(argv):
+    args = parse(argv)
+    if not args.latents:
+        return run(args)
+    for name, value in token_statistics(*read_latents(args.latents)).items():
+        print(f"{name:6} {value:.6f}")
 
 
 if __name__ == "__main__":

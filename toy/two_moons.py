@@ -37,7 +37,8 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import Parser, UserError, distances, drift_loss, signed_weights, write_atomically  # noqa: E402
+from drift_rae import distances, drift_loss, signed_weights  # noqa: E402
+from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
 
 SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
 N, WIDTH, NOISE, LR = 128, 256, 8, 8e-3           # samples and positives a step; the generator's layers and input
@@ -276,8 +277,8 @@ def run(args):
     print(f"{time.perf_counter() - began:.0f} s: see two_moons.png, two_moons.gif and two_moons.json in {out}")
 
 
-def main(argv=None):
-    """Exit code: 0, or 2 after one sentence on what is wrong, or 130 after Ctrl-C."""
+@exit_code
+def main(argv):
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder for table and pictures (default: out)")
     parser.add_argument("--seeds", type=int, help="repetitions, seeds 0, 1, … (default: 3; 1 if --quick)")
@@ -286,25 +287,17 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="of training (default: 400; 200 if --quick)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a coarse look: fewer seeds, widths and steps")
-    try:
-        args = parser.parse_args(argv)
-        defaults = (1, [2, 32, 128], 200) if args.quick else (3, [2, 8, 32, 128, 512], 400)
-        for name, value in zip(("seeds", "dims", "steps"), defaults):
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        for name, low in (("seeds", 1), ("steps", 1), ("workers", 1)):
-            if getattr(args, name) < low:
-                raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
-        if min(args.dims) < 2:
-            raise UserError(f"--dims must be at least 2, the plane itself, not {min(args.dims)}")
-        run(args)
-        return 0
-    except KeyboardInterrupt:
-        print("two_moons.py: interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as e:
-        print(f"two_moons.py: {e}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    defaults = (1, [2, 32, 128], 200) if args.quick else (3, [2, 8, 32, 128, 512], 400)
+    for name, value in zip(("seeds", "dims", "steps"), defaults):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("seeds", "steps", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if min(args.dims) < 2:
+        raise UserError(f"--dims must be at least 2, the plane itself, not {min(args.dims)}")
+    run(args)
 
 
 if __name__ == "__main__":
