@@ -995,9 +995,8 @@ def gradient(student, latents, classes, step, cfg):
 
 
 def optimizer(student, cfg):
-    """AdamW of Table 8; fused on a GPU, where it then needs no memory of its own."""
-    return torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                             fused=cfg.device.startswith("cuda") or None)
+    """AdamW of Table 8; fused, it needs no memory of its own and, on a CPU too, a fraction of the time."""
+    return torch.optim.AdamW(student.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def load_digits():
 def fit(params, loss, steps, lr, seed, name, batch=256, n=1740):
     """AdamW with a one-cycle rate on loss(indices); `batch` indices below n are drawn for each step."""
     params, generator = list(params), torch.Generator().manual_seed(seed)
-    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0)
+    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1, cycle_momentum=False)
     bar = trange(steps, desc=name)
     for _ in bar:

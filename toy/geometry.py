@@ -402,11 +402,11 @@ def parse(argv):
     parser.add_argument("--kl", type=float, default=1e-2, help="weight of the VAEs' KL term (default: 0.01)")
     parser.add_argument("--seeds", type=int, help="repetitions, of VAE, teacher and students alike (default: 3)")
     parser.add_argument("--steps", type=int, nargs=3, metavar="N", help="steps of VAE, flow teacher and each student "
-                        "(default: 250 500 300)")
+                        "(default: 250 500 250)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of a thread each; the numbers do not "
                         "depend on it (default: 2)")
     args = parser.parse_args(argv)
-    standard = ([4, 128], 1, [100, 150, 60]) if args.quick else ([4, 16, 48, 128], 3, [250, 500, 300])
+    standard = ([4, 128], 1, [100, 150, 60]) if args.quick else ([4, 16, 48, 128], 3, [250, 500, 250])
     args.widths, args.seeds, args.steps = (value if given is None else given for given, value in
                                            zip((args.widths, args.seeds, args.steps), standard))
     if min(*args.widths, args.seeds, args.workers) < 1 or min(args.steps) < 11 or not 0 <= args.kl < float("inf"):
