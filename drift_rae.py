@@ -1,8 +1,8 @@
 """Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE latent space -> a one-step generator.
 
-On 1,740 real 8×8 digits, Fréchet distance of pixels, 3 seeds: student in one step 0.135 ± 0.005, teacher in 50 points
-0.164 ± 0.014, in one step 2.6; 0.157 between two halves of the data. The first command below took 280 s on 2 CPU cores
-(AMD EPYC). ImageNet-256 (the paper: FID 1.77) is not reproduced.
+On 1,740 real 8×8 digits, Fréchet distance of pixels, 3 seeds: student in one step 0.136 ± 0.006, teacher in 50 points
+0.164 ± 0.014, in one step 2.6; 0.157 between two halves of the data. The first command below took 292 to 316 s on 2 CPU
+cores (AMD EPYC). ImageNet-256 (the paper: FID 1.77) is not reproduced.
 
     python drift_rae.py                          digits on a CPU: RAE, teacher, student, table, samples.png
     python drift_rae.py --teacher ckpt.pt        distil this teacher (--data DIR; --preset imagenet256: Table 8)
@@ -14,7 +14,8 @@ Read it beside the paper, in this order:
     Eq. (5), (11)   drift_field, signed_weights     Eq. (12)        perturb
     Eq. (10)        drift_loss, normalised_drift    Eq. (1)-(4)     flow_matching_loss, ode_sample
     Eq. (8)         one_step                        Table 8         Config, PRESETS, learning_rate, ema_decay
-    Theorem 1, Tables 1-2, Figure 1: toy/geometry.py        Tables 3, 5-7, 9: toy/ablation.py
+    Prop. 1         signed_weights, and the tests   Modifications   1 signed_weights, 2 perturb, 3 class_gradient
+    Theorem 1, Tables 1-2, 9, Figure 1: toy/geometry.py     Tables 3, 5-7, 9: toy/ablation.py
 
 Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samples of one class, D wide.
 """
@@ -34,6 +35,7 @@ import sys
 import time
 import weakref
 import zipfile
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import starmap
@@ -48,7 +50,7 @@ from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as compute_again
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -61,7 +63,7 @@ from eval_fid import Parser, UserError, exit_code, explain, write_atomically
 
 def distances(q, y):
     """Euclidean distances of q [C,Q,D] and y [C,K,D] -> [C,Q,K], by one batched matrix product."""
-    q2, y2 = (torch.linalg.vector_norm(a, dim=-1).square() for a in (q, y))
+    q2, y2 = (torch.linalg.vector_norm(a, dim=-1).square() for a in (q, y))     # no a² in memory
     sq = torch.baddbmm(y2.unsqueeze(1), q, y.mT, alpha=-2)                  # ‖y‖² − 2 q·y: nothing is [Q,K,D]
     return sq.add_(q2.unsqueeze(2)).clamp_(min=1e-8).sqrt_()
 
@@ -137,7 +139,7 @@ def perturb(x, tau, generator=None):
 @torch.no_grad()
 def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drift_norm, perturb_all, token_scale,
                      generator):
-    """Σ_τ Ṽ_τ at x [C,N,D], its unit of length (scalar), and what is worth logging (see drift_loss)."""
+    """Σ_τ Ṽ_τ [C,N,D] at x, or at the perturbed x; its unit of length; and what is worth logging (see drift_loss)."""
     (C, N, D), T, n_neg = x.shape, len(temperatures), x.shape[1] + extra_neg.shape[1]
     targets = torch.cat([x, extra_neg, pos], 1)                             # [C,K,D]
     dist = distances(x, targets)                 # [C,N,K]; S is their mean, self-distances included
@@ -154,7 +156,7 @@ def normalised_drift(x, pos, extra_neg, temperatures, perturbed, y_softmax, drif
         dist = distances(query.flatten(1, 2), targets)                      # [C,T·N,K]
     weights = signed_weights(dist.unflatten(1, (-1, N)) / -tau, n_neg, y_softmax=y_softmax)     # [C,T,N,K]
 
-    def weighted(w, y):  # Σ w·y for all τ at once -> [C,T,N,D]
+    def weighted(w, y):  # Σ w·y for all τ at once -> [C,T,N,D]; perturbed centres y are [C,T,K,D]
         return w @ y if y.ndim == 4 else (w.flatten(1, 2) @ y).view(C, T, N, D)
 
     V = weighted(weights, centres)                                          # Eq. (11)
@@ -181,8 +183,8 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
                drift_norm="batch", perturb_all=False, token_scale=False, generator=None):
     """Eq. (10): ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
 
-    A mean over N and D, in units of S/√D, as in Deng et al.'s code: Eq. (10) up to a factor, which AdamW ignores
-    and gradient clipping does not.
+    A mean over N and D, in units of S/√D, as in Deng et al.'s code: the gradient is that of Eq. (10) times √D/S, with
+    each call's own S.
 
     gen [C,N,D] with gradient; pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion
     (modification 3). drift_norm "batch" or "sample": what the field is divided by.
@@ -243,10 +245,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, heads)
         self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(dim, mlp_dim))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(mlp_dim, dim))
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim)))
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -475,7 +474,7 @@ class DiTDH(nn.Module):
 
     def run(self, block, *args):
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return compute_again(block, *args, use_reentrant=False)
         return block(*args)
 
     def forward(self, x, t, y):
@@ -585,7 +584,8 @@ class Config:
     decode_encode: bool = option(False, "drift in the latents of the decoded images (Table 9)")
     steps: int = option(450, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
-    n_pos: int = option(128, "positives: real images a class and step; not below n_neg + n_extra_neg (Table 7)")
+    n_pos: int = option(128, "positives: real images a class and step; Table 7: as many as negatives (the digits gain by "
+                             "more)")
     n_neg: int = option(64, "generated samples with gradient a class and step")
     n_extra_neg: int = option(0, "generated samples without gradient, in the repulsion only (Tables 3 C, 6)")
     temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", type=float, nargs="+")
@@ -792,8 +792,9 @@ class Images(Dataset):
                 unreadable.append(f"{os.fsdecode(self.paths[i])}: {e}")
             else:
                 images.append(image[:, ::-1] if flip else image)
-        images = [images[k % len(images)] for k in range(len(item[0]))] if images else np.zeros((0, 0, 0, 3), np.uint8)
-        return torch.from_numpy(np.stack(images) if len(images) else images), unreadable
+        if not images:
+            return torch.empty(0), unreadable
+        return torch.from_numpy(np.stack([images[k % len(images)] for k in range(len(item[0]))])), unreadable
 
 
 class Latents(Dataset):
@@ -825,16 +826,18 @@ def survive_once(_):
 def read(source, items, cfg, workers):
     """Yields what source holds for each of the items; worker processes read ahead, names of bad files are printed."""
     workers = min(workers, os.cpu_count())
-    for x, unreadable in DataLoader(source, None, sampler=items, num_workers=workers,
-                                    multiprocessing_context="fork" if workers else None, worker_init_fn=survive_once,
-                                    pin_memory=cfg.device.startswith("cuda") and workers > 0):
-        for line in set(unreadable) - source.unreadable:
-            source.unreadable.add(line)
-            tqdm.write(f"unreadable image, skipped ({len(source.unreadable)} so far): {line}", sys.stderr)
-        if not len(x):
-            raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
-                            "mend or remove them")
-        yield x
+    loader = DataLoader(source, None, sampler=items, num_workers=workers, worker_init_fn=survive_once,
+                        multiprocessing_context="fork" if workers else None,
+                        pin_memory=cfg.device.startswith("cuda") and workers > 0)
+    with explain("images can no longer be read: lower --workers, or give more shared memory", RuntimeError):
+        for x, unreadable in loader:
+            for line in set(unreadable) - source.unreadable:
+                source.unreadable.add(line)
+                tqdm.write(f"unreadable image, skipped ({len(source.unreadable)} so far): {line}", sys.stderr)
+            if not len(x):
+                raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
+                                "mend or remove them")
+            yield x
 
 
 class Positives:
@@ -891,7 +894,9 @@ def cache(source, rae, cfg):
                             "another disk, or leave --cache out and encode on the fly")
         write_atomically(info, lambda f: f.write(json.dumps(about).encode()))
     barrier()
-    if json.loads(info.read_text()) != about:
+    with explain(f"{info} is damaged: name an empty folder", ValueError):
+        belongs = json.loads(info.read_text()) == about
+    if not belongs:
         raise UserError(f"{cfg.cache} is the cache of other images, another encoder, --dtype, --flip or --seed: name "
                         "an empty folder, or use it as it is with --latents")
     missing = [c for c in range(len(counts)) if not class_file(folder, c).exists()][rank()::world()]
@@ -1022,12 +1027,14 @@ class Log:
     def __init__(self, path, start):
         kept = path.read_text().splitlines(keepends=True)[:start + 1] if start and path.exists() else []
         write_atomically(path, lambda f: f.write("".join(kept).encode()))
-        self.file, self.header = open(path, "a"), not kept
+        self.path, self.header = path, not kept
 
     def __call__(self, row):
-        if self.header:
-            print(*row, sep=",", file=self.file)
-        self.header = print(*row.values(), sep=",", file=self.file, flush=True)
+        with open(self.path, "a") as f:
+            if self.header:
+                print(*row, sep=",", file=f)
+            print(*row.values(), sep=",", file=f)
+        self.header = False
 
 
 @contextmanager
@@ -1071,6 +1078,8 @@ def train(student, positives, cfg, state=None):
         start, seconds = state["step"], state["seconds"]
         with explain(f"{cfg.out}/state.pt does not belong to this teacher: resume with the one it began with",
                      RuntimeError, ValueError, KeyError):
+            if not torch.equal(state["latent_mean"], positives.rae.mean.cpu()):
+                raise ValueError("another autoencoder's latents")
             student.load_state_dict(state["student"])
             ema.load_state_dict(state["ema"])
             opt.load_state_dict(state["optimizer"])
@@ -1082,7 +1091,8 @@ def train(student, positives, cfg, state=None):
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     steps = {step: classes_of(step, len(positives.members), cfg) for step in range(start, cfg.steps)}
     latents = positives.stream([(step, c) for step, classes in steps.items() for c in classes])
-    log, began = Log(Path(cfg.out, "log.csv"), start) if rank() == 0 else None, time.perf_counter() - seconds
+    log = Log(Path(cfg.out, "log.csv"), start) if rank() == 0 else None
+    began = time.perf_counter() - seconds
     bar = tqdm(steps.items(), initial=start, total=cfg.steps, desc="distil", disable=rank() > 0)
     with stop_after_step() as signals:
         for step, classes in bar:
@@ -1099,7 +1109,8 @@ def train(student, positives, cfg, state=None):
                 bar.set_postfix_str(f"drift {drift:.3f}, grad {norm:.2f}, {speed:.0f} images/s", refresh=False)
                 if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(),
-                             "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg)}
+                             "optimizer": opt.state_dict(), "seconds": seconds, "config": dataclasses.asdict(cfg),
+                             "latent_mean": positives.rae.mean.cpu()}
                     write_atomically(Path(cfg.out, "state.pt"), lambda f: torch.save(state, f))
             if stop:
                 barrier()                               # nobody leaves before rank 0 has saved
@@ -1137,11 +1148,12 @@ def sample_command(cfg):
     on where it was interrupted.
     """
     to, student = Path(cfg.to).absolute(), Path(cfg.student or Path(cfg.out, "student.pt"))
-    if to.is_dir() and any(to.iterdir()):
-        raise UserError(f"--to {to} is a folder with files in it: name a new one, so that old images are not mixed in")
+    if to.is_dir() and (to.suffix == ".npz" or any(to.iterdir())) or to.is_file() and to.suffix != ".npz":
+        raise UserError(f"--to {to} is there already, and is no .npz file: name a new folder, or FILE.npz")
     to.parent.mkdir(parents=True, exist_ok=True)        # before the work, not after
     model, rae, _ = load_pair(student, cfg)
-    with explain(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}", ValueError):
+    with explain(f"--classes takes numbers with commas between them, as in 1,5,9, not {cfg.classes!r}", ValueError,
+                 RuntimeError):
         classes = torch.tensor([int(c) for c in cfg.classes.split(",")] if cfg.classes else range(model.num_classes))
     if classes.min() < 0 or classes.max() >= model.num_classes:
         raise UserError(f"--classes {cfg.classes}: this model knows the classes 0 to {model.num_classes - 1}")
@@ -1333,7 +1345,7 @@ def plan_command(cfg):
     share = 1 if cuda else min(1, 2e12 / total)
     counts = {k: math.ceil(share * getattr(cfg, k)) for k in ("n_pos", "n_neg", "n_extra_neg")}
     part = dataclasses.replace(cfg, **counts)
-    part.n_neg = max(2 - part.n_extra_neg, part.n_neg)
+    part.n_neg = max(2 - part.n_extra_neg, part.n_neg)          # the repulsion needs two samples
     pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
     model.grad_checkpoint, opt, ema = cfg.grad_checkpoint, optimizer(model, cfg), copy.deepcopy(model)
     net, images = torch.compile(model, dynamic=False) if cfg.compile else model, images[:part.n_pos]
@@ -1391,14 +1403,14 @@ def check(cfg):
     for name, low in (least | {"n_extra_neg": 0, "sample": 0, "seed": 0, "workers": 0, "teacher_steps": 2}).items():
         if not low <= getattr(cfg, name) < 2**31:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(cfg, name)}")
-    for name in ("lr", "grad_clip", "shift"):
+    for name in ("lr", "lr_min", "grad_clip", "shift"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
     if not 0.5 <= cfg.ema < 1:
         raise UserError(f"--ema must be at least 0.5 and below 1, not {cfg.ema}")
     if cfg.n_neg + cfg.n_extra_neg < 2:
         raise UserError("the repulsion needs two samples: raise --n-neg or --n-extra-neg")
-    if min(cfg.temperatures) <= 0:
+    if not all(0 < tau < math.inf for tau in cfg.temperatures):
         raise UserError("--temperatures must be positive")
     if bool(cfg.sample) != bool(cfg.to) or (cfg.classes or cfg.student) and not cfg.sample:
         raise UserError("sampling takes --sample N and --to FILE.npz or FOLDER; --student and --classes go with them")
@@ -1470,8 +1482,7 @@ def distil_command(cfg, state):
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)},
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}     # Linux: KiB
     write_atomically(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: see student.pt, samples.png, metrics.json and log.csv in "
-          f"{out}")
+    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: student.pt, samples.png, metrics.json, log.csv in {out}")
 
 
 @exit_code

@@ -57,6 +57,9 @@ def exit_code(main):
         except KeyboardInterrupt as e:
             print(f"{script}: interrupted{', ' * bool(str(e))}{e}", file=sys.stderr)
             return 130
+        except torch.OutOfMemoryError as e:
+            print(f"{script}: lower --batch-size, or --n-neg, or take --grad-checkpoint: {e}", file=sys.stderr)
+            return 2
         except (UserError, OSError) as e:
             print(f"{script}: {e}", file=sys.stderr)
             return 2

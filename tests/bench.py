@@ -42,8 +42,8 @@ def bench_field(C=256, N=64, M=256, P=256, D=768):
 
 def bench_step():
     cfg = dr.Config()
-    model, opt = dr.DiTDH(**TEACHER).eval(), None
-    opt = torch.optim.AdamW(model.parameters(), 1e-9)
+    model = dr.DiTDH(**TEACHER).eval()
+    opt = dr.optimizer(model, cfg)
     z, extra = torch.randn(cfg.n_neg, 48, 2, 2), torch.randn(cfg.n_extra_neg, 48, 2, 2)
     pos, y = torch.randn(cfg.n_pos, 48, 2, 2), torch.zeros(cfg.n_neg, dtype=torch.long)
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import drift_rae as dr
-from toy.digits import load_digits, make_teacher
+from toy.digits import load_digits, make_teacher, pixel_metrics
 
 SCRIPT = Path(dr.__file__)
 TINY = "--steps 6 --n-class 2 --n-pos 8 --n-neg 4 --n-extra-neg 4 --save-every 2 --teacher-steps 5".split()
@@ -99,6 +99,10 @@ def test_resume_keeps_its_configuration(teacher, tmp_path, capsys):
     assert dr.main(["--teacher", str(teacher), "--out", str(tmp_path), *TINY]) == 0
     fails(capsys, "--resume", "--out", tmp_path, "--lr", 0.5, saying="--lr was 0.001")
     fails(capsys, "--resume", "--out", tmp_path / "nowhere", saying="no checkpoint at .*state.pt")
+    other = torch.load(teacher, weights_only=True)
+    other["rae"]["mean"] += 0.1
+    torch.save(other, tmp_path / "other.pt")
+    fails(capsys, "--resume", "--out", tmp_path, "--teacher", tmp_path / "other.pt", saying="not belong to this teacher")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     del state["config"]["shift"]
     torch.save(state, tmp_path / "state.pt")
@@ -196,11 +200,13 @@ def test_bad_flags(teacher, tmp_path, capsys):
     fails(capsys, *run, *TINY, "--device", "cuda:99", saying="--device cuda:99")
     fails(capsys, "--sample", 4, "--student", teacher, saying="--to")
     fails(capsys, "--to", tmp_path / "a.npz", saying="--sample")
-    for flag, value in (("--lr", "nan"), ("--grad-clip", 0), ("--ema", 1), ("--seed", -1), ("--teacher-steps", 1)):
+    for flag, value in (("--lr", "nan"), ("--grad-clip", 0), ("--ema", 1), ("--seed", -1), ("--teacher-steps", 1),
+                        ("--temperatures", "nan"), ("--lr-min", -1)):
         fails(capsys, *run, *TINY, flag, value, saying=flag)
     fails(capsys, "--preset", "imagenet256", "--out", tmp_path, saying="--teacher FILE")
     fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "1,12", saying="0 to 9")
-    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", "one", saying="1,5,9")
+    for classes in ("one", 10**20):
+        fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "a.npz", "--classes", classes, saying="1,5,9")
 
 
 def test_what_is_there_is_not_overwritten(teacher, tmp_path, capsys, monkeypatch):
@@ -210,7 +216,8 @@ def test_what_is_there_is_not_overwritten(teacher, tmp_path, capsys, monkeypatch
     fails(capsys, *run, saying="unfinished run.*--resume")
     (tmp_path / "png").mkdir()
     (tmp_path / "png" / "old.png").write_text("")
-    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "png", saying="folder with files in it")
+    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "png", saying="is there already")
+    fails(capsys, "--sample", 4, "--student", teacher, "--to", tmp_path / "png" / "old.png", saying="is there already")
     monkeypatch.setenv("WORLD_SIZE", "3")
     fails(capsys, *run, saying="each of the 3 processes needs a class")
 
@@ -221,6 +228,19 @@ def test_nan_stops_the_run_and_keeps_the_last_save(teacher, tmp_path, capsys):
     assert not state.exists() or all(v.isfinite().all() for v in weights(state).values())
 
 
+def test_a_full_gpu_says_what_helps(teacher, tmp_path, capsys, monkeypatch):
+    def full(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(dr, "drift_loss", full)
+    fails(capsys, "--teacher", teacher, "--out", tmp_path, *TINY, saying="--grad-checkpoint: CUDA out of memory")
+
+
+def test_a_dead_worker_ends_in_a_sentence(teacher, tmp_path, capsys, monkeypatch):
+    data, main = folder_of_images(tmp_path / "data"), os.getpid()
+    monkeypatch.setattr(dr, "center_crop", lambda *args: os._exit(1) if os.getpid() != main else None)
+    fails(capsys, "--teacher", teacher, "--data", data, "--out", tmp_path, *TINY, saying="lower --workers.*exited unexpect")
+
+
 def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     fails(capsys, "--teacher", teacher, "--out", tmp_path / "file" / "out", *TINY, saying="file")
@@ -228,6 +248,16 @@ def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
         (tmp_path / "ro").mkdir(mode=0o555)
         fails(capsys, "--teacher", teacher, "--out", tmp_path / "ro", *TINY, saying="ro")
     fails(capsys, "--teacher", teacher, "--out", "/proc/out", *TINY, saying="/proc/out")
+
+
+def test_what_the_readme_says_of_the_data():
+    images, labels = load_digits()
+    assert images.unique().tolist() == [0, 255]
+    distance = torch.cdist(*2 * [images.double().flatten(1)]).fill_diagonal_(torch.inf)
+    assert (labels[distance.argmin(1)] == labels).double().mean() == pytest.approx(0.897, abs=5e-4)
+    halves = [torch.randperm(1740, generator=torch.Generator().manual_seed(seed)).chunk(2) for seed in range(10)]
+    fd = [pixel_metrics(images[a], labels[a], images[b], labels[b])["fd"] for a, b in halves]
+    assert np.mean(fd) == pytest.approx(0.17, abs=0.01) and np.ptp(fd) < 0.08
 
 
 def test_full_disk(teacher, tmp_path, capsys):

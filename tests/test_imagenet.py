@@ -192,8 +192,10 @@ def test_cache_resumes_and_serves_without_the_images(released, tmp_path, capsys,
     next((data / "n00").iterdir()).rename(data / "n00" / "zz.png")
     fails(capsys, *base, *cached, "--data", data, "--out", tmp_path / "c", saying="cache of other images")
     fails(capsys, *base, *cached, "--seed", 1, "--flip", saying="another encoder, --dtype, --flip")
-    fails(capsys, *base, "--latents", data, saying="is no cache of latents")
+    fails(capsys, *base, "--latents", data, saying="is no cache: make it with")
     fails(capsys, *base, *cached, "--latents", tmp_path / "cache", saying="--latents DIR stands in place of --data")
+    (tmp_path / "moved" / "cache.json").write_text("{")
+    fails(capsys, *base, *cached, "--cache", tmp_path / "moved", saying="cache.json is damaged")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("U", "free")(10_000))
     fails(capsys, *base, *cached, "--cache", tmp_path / "full", saying="do not fit into")
 

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import RAE, Decoder, DiTDH, ViT, flow_matching_loss, to_float  # noqa: E402
+from drift_rae import RAE, Decoder, DiTDH, ViT, flow_matching_loss, move_average, to_float  # noqa: E402
 from eval_fid import (Parser, exit_code, frechet_distance, mean_and_covariance, precision_recall,  # noqa: E402
                       write_atomically)
 
@@ -100,9 +100,7 @@ def make_teacher(path, seed=0, steps=STEPS):
     ema = copy.deepcopy(teacher).requires_grad_(False)
 
     def flow(i):
-        with torch.no_grad():
-            for e, p in zip(ema.parameters(), teacher.parameters()):
-                e.lerp_(p, 0.005)
+        move_average(ema, teacher, 0.995)
         return flow_matching_loss(teacher, latents[i], labels[i])           # Eq. (1)-(4)
 
     fit(teacher.parameters(), flow, steps[2], 1.5e-3, seed, "teacher", batch=128)
