@@ -3,24 +3,24 @@
     python toy/two_moons.py [--out out] [--quick]      table, two_moons.json, two_moons.png, two_moons.gif
 
 A small generator, noise -> MLP -> R^D, is trained with drift_rae.py's drift_loss. The moons lie in a random plane;
-in the other D − 2 directions the data is Gaussian noise, σ = 0.1 in the *concentrated* regime (as RAE latents are)
-or σ = 1, the moons' own scale, in the *scattered* one. The generator starts at the scale of the scattered data, so
+in the other D − 2 directions the data is Gaussian noise, σ = 0.1 in the *concentrated* regime or σ = 1, the moons'
+own scale, in the *scattered* one. The generator starts at the scale of the scattered data, so
 whatever is small in the end was shrunk by the loss. Measured, 3 seeds, generated over real spread in the plane for
-D = 8, 32, 128, 512: concentrated 1.00, 0.99, 0.94, 0.83; scattered 1.04, 1.05, 0.36, 0.09.
+D = 8, 32, 128, 512: concentrated 1.00, 0.99, 0.94, 0.83; scattered 1.07, 1.05, 0.36, 0.09.
 
 Theorem 1 (§3.2): scattered points are all about √(2D)·σ apart, to a relative 1/√D, so softmax(−distance/τ) nears
 uniform and the attraction's centre Σ w·y averages many independent directions: it falls from ‖y‖ towards ‖y‖/√P
 (column |Σwy|, in units of ‖y‖). Our reading of the collapse: samples made from 8 noise dimensions have near
 neighbours among themselves, so the repulsion's centre Σ w·x stays near x_j, and the target x_j + Σ w·y − Σ w·x lies
 near Σ w·y, close to the origin. v_pos and v_neg are ‖V⁺‖/S and ‖V⁻‖/S of drift_loss, measured from x_j as Eq. (5)
-has them (the theorem's V⁺ is from the origin). Two ways out:
+has them (the theorem's V⁺ is from the origin). A cure and a control:
 
 "features"       a map φ that concentrates, and the loss on φ(G(z)) and φ(y), gradient through φ, as Deng et al. do
                  with an MAE. Here φ is linear CCA between two noisy views of each point. It is told which views
                  belong together, nothing else, and keeps what they share, as DINOv2 does with augmentations. PCA
                  could not: all variances are equal by construction. φ is blind to the noise directions.
-"identity path"  G(z) = z + MLP(z), z in R^D: as scattered as the data from the start. Both centres vanish together,
-                 so nothing collapses; but the field that is left hardly teaches the moons.
+"identity path"  G(z) = z + MLP(z), z in R^D: as scattered as the data from the start. V⁺ and V⁻ stay equally
+                 long, so nothing collapses; but the field that is left hardly teaches the moons.
 """
 import json
 import math
@@ -31,13 +31,14 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import distances, drift_loss, signed_weights  # noqa: E402
+from drift_rae import distances, drift_loss  # noqa: E402
 from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
 
 SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
@@ -152,9 +153,8 @@ def run_cell(cell):
 
 def attraction(x, y, scale):
     """Theorem 1's ‖V⁺‖ = ‖Σ w·y‖, mean over the temperatures, in units of the root mean square of ‖y‖."""
-    logits = torch.cat([distances(x[None], y[None]) / (-scale * t) for t in TEMPERATURES])  # [T,N,N]
-    centre = signed_weights(logits, 0, self_mask=False) @ y                 # [T,N,k]
-    return (centre.norm(dim=-1).mean() / y.square().sum(-1).mean().sqrt()).item()
+    w = torch.cat([(distances(x[None], y[None]) / (-scale * t)).softmax(-1) for t in TEMPERATURES])  # [T,N,N]
+    return ((w @ y).norm(dim=-1).mean() / y.square().sum(-1).mean().sqrt()).item()
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -225,7 +225,7 @@ def pictures(out, results, dims):
                          "energy: distance of the\ntwo clouds\n\naxes: the moons' plane,\nin standard deviations"))
     write_atomically(out / "two_moons.png", lambda f: image.quantize(128).save(f, "PNG", optimize=True))
 
-    near, far = dims[-2:][0], dims[-1]
+    near, far = dims[-2:][0], dims[-1]                  # the same if there is only one
     keys = [*dict.fromkeys((r, d, "drift-rae") for r, d in (*((r, near) for r in SIGMA), ("scattered", far))), cure]
     frames = []
     for shots in zip(*(cells[k][1] for k in keys)):
@@ -245,13 +245,12 @@ def print_table(rows):
           f"{'|Σwy|':>6}  {'‖V⁺‖':>6}  {'‖V⁻‖':>6}  {'eff. pos.':>9}")
     for key in dict.fromkeys((r["method"], r["regime"], r["dim"]) for r in rows):
         group = [r for r in rows if (r["method"], r["regime"], r["dim"]) == key]
-        (e, de), (s, ds), *rest = (
-            (v.mean().item(), v.std(correction=0).item()) for v in
-            (torch.tensor([r[k] for r in group]) for k in ("energy_distance", "spread_ratio", "energy_floor",
-                                                           "attraction", "v_pos", "v_neg", "effective_positives")))
-        floor, attraction, v_pos, v_neg, effective = (m for m, _ in rest)
-        print(f"{key[0]:<21}{key[1]:<14}{key[2]:>4}  {e:>6.3f} ± {de:<6.3f}  {floor:>6.3f}  {s:>5.2f} ± {ds:<5.2f}  "
-              f"{attraction:>6.2f}  {v_pos:>6.2f}  {v_neg:>6.2f}  {effective:>9.1f}")
+        mean, sd = ({k: f([r[k] for r in group]).item() for k in group[0] if k not in ("method", "regime")}
+                    for f in (np.mean, np.std))
+        print(f"{key[0]:<21}{key[1]:<14}{key[2]:>4}  {mean['energy_distance']:>6.3f} ± {sd['energy_distance']:<6.3f}  "
+              f"{mean['energy_floor']:>6.3f}  {mean['spread_ratio']:>5.2f} ± {sd['spread_ratio']:<5.2f}  "
+              f"{mean['attraction']:>6.2f}  {mean['v_pos']:>6.2f}  {mean['v_neg']:>6.2f}  "
+              f"{mean['effective_positives']:>9.1f}")
 
 
 def one_thread():
