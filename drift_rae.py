@@ -38,7 +38,6 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval_fid import Parser, UserError, exit_code, explain, write_atomically
+from eval_fid import BAD_WEIGHTS, Parser, UserError, exit_code, explain, write_atomically
 
 # ----------------------------------------------------------------------------------------------------
 # Drifting (paper §3.1, §3.3). Each generated token is pulled to real ones and pushed from other generated ones.
@@ -183,8 +182,8 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
                drift_norm="batch", perturb_all=False, token_scale=False, generator=None):
     """Eq. (10): ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
 
-    A mean over N and D, in units of S/√D, as in Deng et al.'s code: the gradient is that of Eq. (10) times √D/S, with
-    each call's own S.
+    A mean over N and D, in units of S/√D, as in Deng et al.'s code: a constant that AdamW ignores, and gradient
+    clipping does not, times 1/S, which each call measures anew.
 
     gen [C,N,D] with gradient; pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion
     (modification 3). drift_norm "batch" or "sample": what the field is divided by.
@@ -274,7 +273,7 @@ class ViT(nn.Module):
         cls, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         if x.shape[-2:] != (self.grid, self.grid):
             pos = pos.mT.unflatten(-1, (self.grid, self.grid)).float()
-            pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", antialias=True).flatten(2).mT.to(x.dtype)
+            pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", antialias=True).flatten(2).mT
         prefix = [(self.cls_token + cls).expand(len(x), -1, -1)]
         if self.num_registers:
             prefix.append(self.register_tokens.expand(len(x), -1, -1))      # registers have no position
@@ -474,7 +473,7 @@ class DiTDH(nn.Module):
 
     def run(self, block, *args):
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return compute_again(block, *args, use_reentrant=False)
+            return compute_again(block, *args, use_reentrant=False, preserve_rng_state=False)   # blocks draw nothing
         return block(*args)
 
     def forward(self, x, t, y):
@@ -570,22 +569,22 @@ class Config:
     cache: str = option("", "with --data: folder that keeps all latents in half precision, written once, resumable "
                             "(ImageNet: 503 GB), in one orientation each if --flip")
     latents: str = option("", "such a folder, made elsewhere, in place of --data")
-    workers: int = option(4, "processes a rank that read and crop images ahead")
+    workers: int = option(4, "processes a rank that read ahead")
     models: str = option("models", "folder of the released decoder, encoder and statistics, for an official teacher")
     out: str = option("out", "folder for checkpoints, samples.png, log.csv and metrics.json")
     resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
     seed: int = option(0, "seed of everything random; an OUT/teacher.pt that is there stays as it is")
     device: str = option("auto", "torch device; auto is cuda where there is one")
     dtype: str = option("fp32", "autocast of the networks; the field stays in fp32", choices=("fp32", "bf16"))
-    compile: bool = option(False, "torch.compile the generator")
+    compile: bool = option(False, "torch.compile the generator in training")
     grad_checkpoint: bool = option(False, "less memory, more time: activations are computed twice")
     # distillation
     init: str = option("teacher", "the student's first weights; scratch is Table 9", choices=("teacher", "scratch"))
     decode_encode: bool = option(False, "drift in the latents of the decoded images (Table 9)")
     steps: int = option(450, "optimizer steps")
     n_class: int = option(5, "classes a step, one after the other")
-    n_pos: int = option(128, "positives: real images a class and step; Table 7: as many as negatives (the digits gain by "
-                             "more)")
+    n_pos: int = option(128, "positives: real images a class and step; Table 7: as many as negatives (digits: "
+                             "more are better)")
     n_neg: int = option(64, "generated samples with gradient a class and step")
     n_extra_neg: int = option(0, "generated samples without gradient, in the repulsion only (Tables 3 C, 6)")
     temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", type=float, nargs="+")
@@ -597,7 +596,7 @@ class Config:
                              choices=("batch", "sample"))
     flip: bool = option(False, "with --data: flip half of the positives horizontally (not digits: a flipped 2 is no 2)")
     lr: float = option(1e-3, "learning rate at step 0")
-    lr_min: float = option(1e-5, "learning rate at the last step; linear in between")
+    lr_min: float = option(1e-5, "learning rate after the last step; linear in between")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.995, "decay of the weights' moving average")
     ema_warmup: int = option(100, "steps over which that decay rises from 0.5")
@@ -628,7 +627,7 @@ def learning_rate(step, cfg):
 
 def ema_decay(step, cfg):
     """Table 8: min(0.9995, 0.5·(0.9995/0.5)^(t/1000))."""
-    return min(cfg.ema, 0.5 * (cfg.ema / 0.5) ** (step / cfg.ema_warmup))
+    return 0.5 * (cfg.ema / 0.5) ** min(1, step / cfg.ema_warmup)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -657,7 +656,7 @@ def load_teacher(path, checkpoint=None):
     checkpoint: what path holds, if it has been read already.
     """
     checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
-    with explain(f"{path} is not a DiT^DH checkpoint", KeyError, IndexError, ValueError, RuntimeError, AttributeError):
+    with explain(f"{path} is not a DiT^DH checkpoint", *BAD_WEIGHTS):
         sd = checkpoint.get("ema", checkpoint).items()
         sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in sd}     # of DDP, torch.compile
         model = DiTDH.from_state_dict(sd)
@@ -700,35 +699,32 @@ def load_rae(checkpoint, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Several processes: torchrun's, one a GPU. Alone, rank 0 of 1.
+# Several processes: torchrun's, one a GPU, as its environment variables say. Alone, rank 0 of 1.
 
 
 def world():
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def barrier():
-    if distributed.is_initialized():
+    if world() > 1:
         distributed.barrier()
 
 
 @contextmanager
 def process_group(cfg):
-    """Joins the processes that torchrun has started, as its environment variables say."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if cfg.device == "cuda":
-        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    """Joins the processes that torchrun has started."""
     if cfg.device.startswith("cuda"):
         torch.cuda.set_device(cfg.device)
         torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in fp32; never in the field
-    if not alone:
+    if world() > 1:  # hours, since the others wait while rank 0 trains the digits' teacher or writes the report
         distributed.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", timeout=timedelta(hours=6))
     yield
-    if not alone:  # not after an error: the others would wait, and torchrun ends them
+    if world() > 1:  # not after an error: the others would wait, and torchrun ends them
         distributed.destroy_process_group()
 
 
@@ -810,7 +806,10 @@ class Latents(Dataset):
         index, array = item[0], self.array
         if isinstance(array, Path):
             c = self.labels[index[0]]
-            index, array = index - np.searchsorted(self.labels, c), np.load(class_file(array, c), mmap_mode="r")
+            try:
+                index, array = index - np.searchsorted(self.labels, c), np.load(class_file(array, c), mmap_mode="r")
+            except (OSError, ValueError) as e:
+                return torch.empty(0), [f"{class_file(array, c)}: {e}"]
         return torch.from_numpy(array[index]), []
 
 
@@ -831,12 +830,12 @@ def read(source, items, cfg, workers):
                         pin_memory=cfg.device.startswith("cuda") and workers > 0)
     with explain("images can no longer be read: lower --workers, or give more shared memory", RuntimeError):
         for x, unreadable in loader:
-            for line in set(unreadable) - source.unreadable:
-                source.unreadable.add(line)
-                tqdm.write(f"unreadable image, skipped ({len(source.unreadable)} so far): {line}", sys.stderr)
             if not len(x):
                 raise UserError(f"none of {len(unreadable)} images can be read, the first being {unreadable[0]}: "
                                 "mend or remove them")
+            for line in set(unreadable) - source.unreadable:
+                source.unreadable.add(line)
+                tqdm.write(f"unreadable image, skipped ({len(source.unreadable)} so far): {line}", sys.stderr)
             yield x
 
 
@@ -868,7 +867,7 @@ class Positives:
     def stream(self, pairs):
         """Yields latents [P,D,h,w] for each (step, class) of pairs."""
         workers = self.cfg.workers if self.images is None else 0
-        for x in read(self.source, starmap(self.draw, pairs), self.cfg, workers):
+        for x in read(self.source, (self.draw(*pair) for pair in pairs), self.cfg, workers):
             yield encode(self.rae, x, self.cfg)
 
 
@@ -912,7 +911,7 @@ def cache(source, rae, cfg):
 
 def cached(folder, rae):
     """The Latents of a finished cache, without the images."""
-    with explain(f"{folder} is no cache: make it with --data DIR --cache {folder}", OSError, ValueError, KeyError):
+    with explain(f"{folder} is no cache: make it with --data DIR --cache {folder}", OSError, *BAD_WEIGHTS):
         about = json.loads(Path(folder, "cache.json").read_text())
         counts, shape = about["images_per_class"], about["shape"][1:]
     if shape != list(rae.mean.shape):
@@ -971,7 +970,8 @@ def class_gradient(student, pos, c, step, cfg):
     z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((len(z),), c, device=cfg.device)
     with autocast(cfg):
-        gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])   # first: autocast would keep no_grad's copies of weights
+        # first, since autocast keeps the bf16 weights it makes, and through those made under no_grad flows no gradient
+        gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
         with torch.no_grad():  # modification 3: detached negatives
             extra = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:]) if cfg.n_extra_neg else z[:0]
     loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra), **loss_options(cfg), generator=generator)
@@ -1086,7 +1086,9 @@ def train(student, positives, cfg, state=None):
         state.clear()                                   # gigabytes that the caller would hold for the whole run
     student.grad_checkpoint = cfg.grad_checkpoint
     net = ThroughPixels(student, positives.rae) if cfg.decode_encode else student
-    net = torch.compile(net, dynamic=False) if cfg.compile else net
+    if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False       # else DistributedDataParallel's buckets cut the graph up
+        net = torch.compile(net, dynamic=False)
     if world() > 1:
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     steps = {step: classes_of(step, len(positives.members), cfg) for step in range(start, cfg.steps)}
@@ -1324,7 +1326,7 @@ def plan_command(cfg):
     model, rae, size = random_pair(cfg)
     activations, drift, flops = cost_of_a_class(model, cfg)
     n, n_rae = (sum(p.numel() for p in m.parameters()) for m in (model, rae))
-    images = torch.zeros(cfg.n_pos if size else 0, size or 1, size or 1, 3, dtype=torch.uint8)
+    images = torch.zeros(cfg.n_pos, size, size, 3, dtype=torch.uint8) if size else torch.zeros(0)  # no image, no work
     with FlopCounterMode(display=False) as counter:
         encode(rae, images[:1], cfg)
     encoder = counter.get_total_flops() * len(images)
@@ -1349,10 +1351,13 @@ def plan_command(cfg):
     pos = torch.randn(part.n_pos, model.in_channels, model.input_size, model.input_size, device=cfg.device)
     model.grad_checkpoint, opt, ema = cfg.grad_checkpoint, optimizer(model, cfg), copy.deepcopy(model)
     net, images = torch.compile(model, dynamic=False) if cfg.compile else model, images[:part.n_pos]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    update = median_seconds(lambda: (opt.step(), move_average(ema, model, 0.5)), cfg)
     seconds = median_seconds(lambda: (encode(rae, images, cfg), class_gradient(net, pos, 0, 0, part)), cfg)
     if share < 1:
         seconds *= total / (cost_of_a_class(model, part)[-1] + encoder / cfg.n_pos * part.n_pos)
-    step = cfg.n_class * seconds + median_seconds(lambda: (opt.step(), move_average(ema, model, 0.5)), cfg)
+    step = cfg.n_class * seconds + update
     speed = cfg.n_class * (cfg.n_neg + cfg.n_extra_neg) / step
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}: {seconds:.4g} s a class"
           f"{' (fewer samples, scaled up)' * (share < 1)}, {speed:.4g} images/s, {total / seconds / 1e12:.3g} TFLOP/s"
@@ -1370,7 +1375,7 @@ def load_pair(path, cfg):
     checkpoint = read_checkpoint(path)
     model = load_teacher(path, checkpoint).to(cfg.device)
     with explain(f"the autoencoder of {path if 'rae' in checkpoint else f'--models {cfg.models}'} does not load",
-                 KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+                 *BAD_WEIGHTS):
         rae = load_rae(checkpoint, cfg).to(cfg.device)
     shape = [model.in_channels, model.input_size, model.input_size]
     if list(rae.mean.shape) != shape:
@@ -1394,6 +1399,8 @@ def parse(argv):
     cfg = Config(**PRESETS[given.get("preset", "digits")] | given)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda":
+        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return cfg, given
 
 
@@ -1414,8 +1421,8 @@ def check(cfg):
         raise UserError("--temperatures must be positive")
     if bool(cfg.sample) != bool(cfg.to) or (cfg.classes or cfg.student) and not cfg.sample:
         raise UserError("sampling takes --sample N and --to FILE.npz or FOLDER; --student and --classes go with them")
-    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > cfg.n_class and not cfg.sample:
-        raise UserError(f"--n-class {cfg.n_class}: each of the {ranks} processes needs a class a step")
+    if world() > cfg.n_class and not cfg.sample:
+        raise UserError(f"--n-class {cfg.n_class}: each of the {world()} processes needs a class a step")
     if cfg.perturb_all and not cfg.perturb or cfg.plan and cfg.decode_encode:
         raise UserError("--perturb-all does not go with --no-perturb, nor --plan with --decode-encode")
     if cfg.latents and (cfg.data or cfg.cache) or cfg.cache and not cfg.data:
@@ -1427,7 +1434,7 @@ def check(cfg):
 def resume(cfg, given):
     """(configuration of the run in OUT/state.pt, its state). Only where and how to run may change."""
     state = read_checkpoint(Path(cfg.out, "state.pt"))
-    if not {"step", "student", "ema", "optimizer", "config"} <= state.keys():
+    if not {"step", "student", "ema", "optimizer", "config", "seconds", "latent_mean"} <= state.keys():
         raise UserError(f"{cfg.out}/state.pt is no state of a training run: start anew without --resume")
     free, saved = {"out", "resume", "device", "save_every", "teacher", "data", "cache", "latents", "workers", "models",
                    "batch_size", "compile", "grad_checkpoint"}, state["config"]
@@ -1462,8 +1469,11 @@ def distil_command(cfg, state):
     if cfg.n_class > teacher.num_classes:
         raise UserError(f"--n-class {cfg.n_class}: the teacher knows only {teacher.num_classes} classes")
     positives = load_positives(rae, checkpoint, teacher.num_classes, cfg)
-    if not state and rank() == 0:
-        saved.unlink(missing_ok=True)                   # of a finished run: --resume must not take it for this one's
+    if rank() == 0:
+        for old in out.glob(".state.pt.*.tmp"):         # of a run that was killed while it saved
+            old.unlink()
+        if not state:
+            saved.unlink(missing_ok=True)               # of a finished run: --resume must not take it for this one's
     student = copy.deepcopy(teacher).to(cfg.device)     # §3.3: it starts from the teacher's weights
     parts, checkpoint = {k: checkpoint[k] for k in ("rae",) if k in checkpoint}, None
     if rank() > 0:
@@ -1482,7 +1492,8 @@ def distil_command(cfg, state):
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)},
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}     # Linux: KiB
     write_atomically(out / "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: student.pt, samples.png, metrics.json, log.csv in {out}")
+    print(f"distilled in {distilled:.0f} s, {total:.0f} s in all: student.pt, samples.png, metrics.json, log.csv in "
+          f"{out}")
 
 
 @exit_code

@@ -33,7 +33,8 @@ WEIGHTS = {
     "dinov2": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
 }
 BAD_NPZ = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, NotImplementedError)
-BAD_WEIGHTS = (RuntimeError, TypeError, KeyError, ValueError, IndexError, EOFError, pickle.UnpicklingError)
+BAD_WEIGHTS = (RuntimeError, TypeError, KeyError, ValueError, IndexError, AttributeError, EOFError,
+               pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -84,6 +85,8 @@ def explain(sentence, *errors):
     """Turns the errors that bad input causes in a library into a UserError with that sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:                         # a RuntimeError; exit_code knows it
+        raise
     except errors as error:
         raise UserError(f"{sentence} ({' '.join(str(error).split())[:200]})") from error
 

@@ -97,6 +97,8 @@ def test_kill_and_resume_repeats_an_unbroken_run(teacher, tmp_path, how):
 
 def test_resume_keeps_its_configuration(teacher, tmp_path, capsys):
     assert dr.main(["--teacher", str(teacher), "--out", str(tmp_path), *TINY]) == 0
+    (tmp_path / ".state.pt.1.tmp").write_text("of a run that was killed while it saved")
+    assert dr.main(["--resume", "--out", str(tmp_path), "--teacher", str(teacher)]) == 0 and not [*tmp_path.glob(".*")]
     fails(capsys, "--resume", "--out", tmp_path, "--lr", 0.5, saying="--lr was 0.001")
     fails(capsys, "--resume", "--out", tmp_path / "nowhere", saying="no checkpoint at .*state.pt")
     other = torch.load(teacher, weights_only=True)

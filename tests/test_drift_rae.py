@@ -1,4 +1,5 @@
 """The method against naive float64 loops, closed forms and the official implementations' numbers."""
+import dataclasses
 import math
 from pathlib import Path
 
@@ -306,6 +307,7 @@ def test_one_step_is_eq_8():
 def test_schedules_are_table_8(step, lr, ema):
     assert dr.learning_rate(step, IMAGENET) == pytest.approx(lr, rel=1e-6)
     assert dr.ema_decay(step, IMAGENET) == pytest.approx(ema, rel=1e-9)
+    assert dr.ema_decay(2000, dataclasses.replace(IMAGENET, ema_warmup=1)) == 0.9995
 
 
 def test_imagenet_preset_is_table_8():

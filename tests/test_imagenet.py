@@ -194,6 +194,9 @@ def test_cache_resumes_and_serves_without_the_images(released, tmp_path, capsys,
     fails(capsys, *base, *cached, "--seed", 1, "--flip", saying="another encoder, --dtype, --flip")
     fails(capsys, *base, "--latents", data, saying="is no cache: make it with")
     fails(capsys, *base, *cached, "--latents", tmp_path / "cache", saying="--latents DIR stands in place of --data")
+    for file in (tmp_path / "moved").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-1])
+    fails(capsys, *base, "--latents", tmp_path / "moved", "--out", tmp_path / "c", saying=r"0\d.npy: .*mend")
     (tmp_path / "moved" / "cache.json").write_text("{")
     fails(capsys, *base, *cached, "--cache", tmp_path / "moved", saying="cache.json is damaged")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("U", "free")(10_000))
