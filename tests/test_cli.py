@@ -267,6 +267,7 @@ def test_full_disk(teacher, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file may grow beyond: state.pt would
     try:
         fails(capsys, "--teacher", teacher, "--out", tmp_path, *TINY, saying="cannot write .*state.pt")
+        assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))      # nor now: 100 images would
         sample = "--sample", 100, "--student", teacher, "--to", tmp_path / "x.npz"
         fails(capsys, *sample, "--batch-size", 40, saying="cannot write .*x.npz, .*disk full")
