@@ -1,18 +1,21 @@
-"""The embedded default: 1,740 real 8×8 digits -> a tiny RAE and a flow teacher, minutes on a CPU.
+"""The embedded default: 5,000 real handwritten digits -> a tiny RAE, a flow teacher, a judge and the report.
 
     python toy/digits.py [--out out] [--seed 0]      writes out/teacher.pt (drift_rae.py calls this by itself)
 
-What DINOv2 is to ImageNet, a small ViT trained here on the digits' own labels is to the digits: a
-stand-in, whose features cluster by class. Cross-entropy alone would collapse each class to a point
-and leave nothing to reconstruct, so a little reconstruction is trained with it. Then it is frozen, and
-decoder and teacher are trained on its latents as in the RAE paper.
+What DINOv2 is to ImageNet, a small ViT trained here on the digits' own labels is to the digits: a stand-in whose
+features cluster by class. Cross-entropy alone would collapse each class to a point and leave nothing to draw
+from, so a linear reconstruction is trained with it. Then the encoder is frozen, and decoder and teacher are
+trained on its latents as in the RAE paper.
 
-digits.png: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0.
-Row = class, 174 tiles of 8×8 a row; as shipped the pixels are binary (0 or 15).
+mnist.png: MNIST, Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0; the first 500 of each class,
+grey, 28×28. Row = class, 500 tiles a row.
 """
 import argparse
-import copy
+import dataclasses
+import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,141 +26,197 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import RAE, Decoder, DiTDH, ViT, flow_matching_loss, move_average, to_float  # noqa: E402
-from eval_fid import (Parser, exit_code, frechet_distance, mean_and_covariance, precision_recall,  # noqa: E402
-                      write_atomically)
+from drift_rae import (RAE, Decoder, DiTDH, ViT, build_rae, command, encode, generate, guide, ode_sample,  # noqa: E402
+                       one_step, to_uint8, train_flow, write_atomically)
+from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
+from toy.plot import panels  # noqa: E402
 
-ENCODER = dict(img_size=8, patch_size=4, embed_dim=48, depth=3, num_heads=4, num_registers=4, mlp_ratio=4)
-DECODER = dict(latent_dim=48, width=96, depth=2, num_heads=4, mlp_dim=192, patch_size=4, grid=2)
-TEACHER = dict(input_size=2, in_channels=48, hidden_size=(96, 160), depth=(3, 1), num_heads=(4, 4), num_classes=10)
-NOISE = 0.4                 # largest standard deviation of the noise on the decoder's latents in training
-STEPS = (400, 400, 3000)    # of encoder, decoder and teacher
+ENCODER = dict(img_size=28, patch_size=14, embed_dim=64, depth=3, num_heads=4, num_registers=4, mlp_ratio=4)
+DECODER = dict(latent_dim=64, width=128, depth=3, num_heads=4, mlp_dim=256, patch_size=14, grid=2)
+TEACHER = dict(input_size=2, in_channels=64, hidden_size=(128, 192), depth=(3, 1), num_heads=(4, 4), num_classes=10)
+STEPS = (400, 500, 3000)    # of encoder, decoder and teacher
 
 
 def load_digits():
-    """-> images uint8 [1740,8,8,3], black 0 and white 255; labels int64 [1740]."""
-    sheet = np.asarray(Image.open(Path(__file__).with_name("digits.png")))          # [80,1392]
-    tiles = sheet.reshape(10, 8, 174, 8).transpose(0, 2, 1, 3).reshape(1740, 8, 8, 1)
-    images = torch.from_numpy(tiles * 17).expand(-1, -1, -1, 3).contiguous()
-    return images, torch.arange(10).repeat_interleave(174)
+    """-> images uint8 [5000,28,28,3], black 0 and white 255; labels int64 [5000]."""
+    sheet = np.asarray(Image.open(Path(__file__).with_name("mnist.png")))            # [280,14000]
+    tiles = sheet.reshape(10, 28, 500, 28).transpose(0, 2, 1, 3).reshape(5000, 28, 28, 1)
+    images = torch.from_numpy(tiles.copy()).expand(-1, -1, -1, 3).contiguous()
+    return images, torch.arange(10).repeat_interleave(500)
 
 
-def fit(params, loss, steps, lr, seed, name, batch=256, n=1740):
+def fit(params, loss, n, steps, lr, name, batch=256):
     """AdamW with a one-cycle rate on loss(indices); `batch` indices below n are drawn for each step."""
-    params, generator = list(params), torch.Generator().manual_seed(seed)
-    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1, cycle_momentum=False)
-    bar = trange(steps, desc=name)
-    for _ in bar:
-        value = loss(torch.randint(n, (batch,), generator=generator))
+    params = list(params)
+    optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
+    for _ in trange(steps, desc=name):
+        value = loss(torch.randint(n, (batch,)))
+        optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step()
-        opt.zero_grad()
+        optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
 
 
-def make_rae(images, labels, seed, steps):
-    """Train encoder, freeze it, train decoder -> RAE. images [1740,3,8,8] in [0,1]."""
+def turned(images, strength=0.1):
+    """Images [B,C,H,W], each under a random affine map close to the identity."""
+    maps = torch.eye(2, 3) + strength * torch.randn(len(images), 2, 3)
+    grid = F.affine_grid(maps, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def make_rae(images, labels, steps):
+    """Train the encoder, freeze it, train the decoder -> what build_rae reads. images [n,3,28,28] in [0,1]."""
+    dim, patch, n = ENCODER["embed_dim"], ENCODER["patch_size"], len(images)
     encoder, decoder = ViT(**ENCODER), Decoder(**DECODER)
-    rae = RAE(encoder, decoder, torch.zeros(48, 2, 2), torch.ones(48, 2, 2), input_size=8)
-    classify, reconstruct = nn.Linear(4 * 48, 10), nn.Linear(4 * 48, 3 * 64)
+    classify, reconstruct = nn.Linear(4 * dim, 10), nn.Linear(dim, patch**2)
+    rae = RAE(encoder, decoder, torch.zeros(dim, 2, 2), torch.ones(dim, 2, 2), input_size=28)
 
     def features(i):
-        tokens = rae.encode(images[i]).flatten(1)
-        return (F.cross_entropy(classify(tokens), labels[i])
-                + F.mse_loss(reconstruct(tokens), images[i].flatten(1)))
+        x = turned(images[i])
+        tokens = rae.encode(x).flatten(2).mT                                 # [B,4,D]
+        patches = F.unfold(x[:, :1], patch, stride=patch).mT                 # [B,4,196]
+        # with a weight of 10 the latents would lose the strokes
+        return (F.cross_entropy(classify(tokens.flatten(1)), labels[i])
+                + 100 * F.mse_loss(reconstruct(tokens), patches))
 
     encoder.requires_grad_(True)
-    fit([*encoder.parameters(), *classify.parameters(), *reconstruct.parameters()], features, steps[0], 2e-3, seed,
+    fit([*encoder.parameters(), *classify.parameters(), *reconstruct.parameters()], features, n, steps[0], 2e-3,
         "encoder")
     with torch.no_grad():
         latents = rae.encode(images)
-    rae = RAE(encoder, decoder, latents.mean(0), latents.var(0), input_size=8)
+    mean, var = latents.mean(0), latents.var(0)
+    rae = RAE(encoder, decoder, mean, var, input_size=28)
     latents = rae.encode(images)
 
-    def reconstruction(i):
+    def likelihood(i):
         # as in RAE, noisy latents: the decoder must mend what a generator gets slightly wrong
-        noisy = latents[i] + NOISE * torch.rand(len(i), 1, 1, 1) * torch.randn_like(latents[i])
-        # the pixels are black or white, so a Bernoulli likelihood; the logit 4·(x − 1/2) lets x run past 0 and 1,
-        # where clamping makes it sharp
-        return F.binary_cross_entropy_with_logits(4 * (rae.decode(noisy) - 0.5), images[i])
+        noise = 0.4 * torch.rand(len(i), 1, 1, 1) * torch.randn_like(latents[i])
+        logits = 6 * rae.decode(latents[i] + noise) - 3                      # those of RAE's sigmoid
+        return F.binary_cross_entropy_with_logits(logits, images[i])
 
     decoder.requires_grad_(True)
-    fit(decoder.parameters(), reconstruction, steps[1], 2e-3, seed, "decoder")
-    decoder.requires_grad_(False)
-    return rae
+    fit(decoder.parameters(), likelihood, n, steps[1], 2e-3, "decoder")
+    return dict(encoder=encoder.state_dict(), encoder_args=ENCODER, decoder=decoder.state_dict(),
+                decoder_args=DECODER, mean=mean, var=var, input_size=28, sigmoid=True)
+
+
+def judge_network():
+    """Grey images [B,1,28,28] in [0,1] -> logits [B,10]; without its last layer, the 64 features of the report."""
+    return nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GELU(), nn.Flatten(),
+                         nn.Linear(64 * 49, 64), nn.GELU(), nn.Linear(64, 10))
+
+
+def make_judge(steps=500):
+    """A classifier of the digits, in eval mode: the same for every --seed, so that all runs are comparable."""
+    with torch.random.fork_rng(devices=[]):                                  # the rest draws as if it were not here
+        torch.manual_seed(0)
+        images, labels = load_digits()
+        grey = images.permute(0, 3, 1, 2)[:, :1] / 255
+        judge = judge_network()
+        fit(judge.parameters(), lambda i: F.cross_entropy(judge(turned(grey[i])), labels[i]), len(grey), steps, 2e-3,
+            "judge", batch=128)
+    return judge.requires_grad_(False).eval()
 
 
 def make_teacher(path, seed=0, steps=STEPS):
-    """Train RAE and flow teacher and write them to path, self-contained: networks, statistics, images."""
+    """Train RAE, judge and flow teacher and write them to path, self-contained: networks, statistics, images."""
     torch.manual_seed(seed)
     images, labels = load_digits()
-    rae = make_rae(to_float(images), labels, seed, steps[:2])
-    latents = rae.encode(to_float(images))
-    teacher = DiTDH(**TEACHER)
-    ema = copy.deepcopy(teacher).requires_grad_(False)
-
-    def flow(i):
-        move_average(ema, teacher, 0.995)
-        return flow_matching_loss(teacher, latents[i], labels[i])           # Eq. (1)-(4)
-
-    fit(teacher.parameters(), flow, steps[2], 1.5e-3, seed, "teacher", batch=128)
-    checkpoint = {"ema": ema.state_dict(), "images": images, "labels": labels,
-                  "rae": {"encoder": rae.encoder.state_dict(), "encoder_args": ENCODER, "mean": rae.mean,
-                          "decoder": rae.decoder.state_dict(), "decoder_args": DECODER, "var": rae.var,
-                          "input_size": 8}}
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
+    pixels = images.permute(0, 3, 1, 2) / 255
+    saved = make_rae(pixels, labels, steps[:2])
+    teacher = train_flow(DiTDH(**TEACHER), build_rae(saved).encode(pixels), labels, steps[2], seed=seed)
+    checkpoint = {"ema": teacher.state_dict(), "images": images, "labels": labels, "rae": saved,
+                  "judge": make_judge().state_dict()}
+    write_atomically(Path(path), partial(torch.save, checkpoint))
 
 
-def pixel_metrics(images, labels, real, real_labels):
-    """Fréchet distance, precision, recall, label accuracy and nearest_real of grey pixels in [0,1].
+class Metrics:
+    """Measures images against R, every other image of the checkpoint; .others are the rest, the row `real`.
 
-    images, real: uint8 [n,H,W,3]. Label accuracy: how often the nearest real image has the class that
-    was asked for. nearest_real: median distance to it, over the same median among the real images
-    (1 is as new as the data, 0 a copy).
+    Calling it with images uint8 [n,28,28,3] and labels [n] gives a dict. Fréchet distance, precision and recall
+    (k = 3) are of the judge's features, label_accuracy is how often it sees the class that was asked for.
+    nearest_real is the median distance of pixels to the nearest image of R, over the same within R: 1 is as new as
+    data, 0 a copy. The distance is biased by the number of images: compare rows of the same number.
     """
-    fake, real = (x.double().mean(-1).flatten(1) / 255 for x in (images, real))     # [n,H·W]
-    among_real = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1)
-    distance, nearest = torch.cdist(fake, real).min(1)
-    precision, recall = precision_recall(real, fake)
-    return {"fd": frechet_distance(*mean_and_covariance(fake), *mean_and_covariance(real)),
-            "precision": precision, "recall": recall,
-            "label_accuracy": (real_labels[nearest] == labels).double().mean().item(),
-            "nearest_real": (distance.median() / among_real.median()).item()}
+
+    def __init__(self, checkpoint):
+        self.judge = judge_network().requires_grad_(False).eval()
+        self.judge.load_state_dict(checkpoint["judge"])
+        images, self.labels = checkpoint["images"], checkpoint["labels"][::2]
+        self.others = images[1::2], checkpoint["labels"][1::2]
+        self.images = images[::2]                                            # R
+        self.pixels, self.features, _ = self.look(self.images)
+        self.spacing = torch.cdist(self.pixels, self.pixels).fill_diagonal_(torch.inf).amin(1).median()
+
+    def look(self, images):
+        """-> grey pixels [n,784] in [0,1], features [n,64], the classes [n] that the judge sees."""
+        grey = images[..., :1].permute(0, 3, 1, 2) / 255
+        features = self.judge[:-1](grey)
+        return grey.flatten(1), features, self.judge[-1](features).argmax(1)
+
+    def __call__(self, images, labels):
+        pixels, features, classes = self.look(images)
+        precision, recall = precision_recall(self.features, features)
+        return {"fd": frechet_distance(*mean_and_covariance(features), *mean_and_covariance(self.features)),
+                "precision": precision, "recall": recall,
+                "label_accuracy": (classes == labels).double().mean().item(),
+                "nearest_real": (torch.cdist(pixels, self.pixels).amin(1).median() / self.spacing).item()}
 
 
-def table(panels, labels, metrics):
-    """Print pixel_metrics of all panels {name: images} against panels["real"], and add them to metrics {name: dict}.
-
-    The row "real": a random half against the other one.
-    """
-    real = panels["real"]
-    a, b = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).chunk(2)
+def print_table(rows):
+    """rows: {name: what Metrics gives, perhaps with seconds_per_image}."""
     print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
-    for name in ("real", "reconstruction", *metrics):
-        m = pixel_metrics(*((real[a], labels[a], real[b], labels[b]) if name == "real" else
-                            (panels[name], labels, real, labels)))
-        m = metrics[name] = m | metrics.get(name, {})
-        time = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
+    for name, m in rows.items():
+        seconds = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
         print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
-              f"{m['nearest_real']:9.3f}{time}")
+              f"{m['nearest_real']:9.3f}{seconds}")
 
 
-@exit_code
-def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder that receives teacher.pt (default: out)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+def report(teacher, student, rae, checkpoint, cfg, began):
+    """Print the table, write OUT/samples.png and OUT/metrics.json. drift_rae.py, begun at `began`, calls it.
+
+    Every row is as many images against the same half R of the real ones: `real` is the other half,
+    `reconstruction` is R through the RAE. The generators have seen both halves.
+    """
+    measure = Metrics(checkpoint)
+    samplers = {"teacher_1step": partial(one_step, teacher),
+                "teacher_50step": partial(ode_sample, teacher, steps=50),    # 50 grid points
+                "student_1step": partial(one_step, student),
+                "student_guided": partial(one_step, guide(student, 0.1))}
+    images = {"real": measure.images, "reconstruction": to_uint8(rae.decode(encode(rae, measure.images, cfg)))}
+    rows = {"real": measure(*measure.others), "reconstruction": measure(images["reconstruction"], measure.labels)}
+    for name, sampler in samplers.items():
+        generate(sampler, rae, measure.labels[:cfg.batch_size], cfg)         # or the first would pay for the warm-up
+        began = time.perf_counter()
+        images[name] = generate(sampler, rae, measure.labels, cfg)
+        seconds = (time.perf_counter() - began) / len(measure.labels)
+        rows[name] = measure(images[name], measure.labels) | {"seconds_per_image": seconds}
+    print_table(rows)
+    shown = torch.cat([(measure.labels == c).nonzero()[:8, 0] for c in range(10)])
+    titles = ("real", "real, through the RAE", "teacher, 1 step", "teacher, 50 grid points", "student, 1 step",
+              "student, guidance 0.1")
+    picture = panels({title: x[shown] for title, x in zip(titles, images.values())}, rows=10)
+    write_atomically(Path(cfg.out, "samples.png"), partial(picture.save, format="PNG"))
+    distilled = float(Path(cfg.out, "log.csv").read_text().rsplit(",", 1)[1])    # the last row's seconds
+    metrics = rows | {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "versions": {"torch": torch.__version__},
+                      "seconds": {"distil": distilled, "total": time.perf_counter() - began}}
+    write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", help="folder that receives teacher.pt (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
                         help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
     args = parser.parse_args(argv)
-    if min(args.steps) < 11:                            # a tenth of them is OneCycleLR's warm-up
+    if min(args.steps) < 11:                            # a tenth of them is the warm-up of the learning rate
         parser.error("--steps: each at least 11")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
