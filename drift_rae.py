@@ -55,25 +55,25 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None, self_mask=True):
     noise [C,N,D]  added to the queries alone: Prop. 1 differentiates at fixed kernel centres
     """
     x, pos, neg = at_least_float32(x), at_least_float32(pos), at_least_float32(neg)
-    query = x if noise is None else x + noise                # Eq. (12)
-    tau = scale * temperature                                # the kernel is exp(−distance / τ)
+    query = x if noise is None else x + noise  # Eq. (12)
+    tau = scale * temperature                  # the kernel is exp(−distance / τ)
     with torch.autocast(x.device.type, enabled=False):
-        logits_pos = -torch.cdist(query, pos) / tau          # [C,N,P]
-        logits_neg = -torch.cdist(query, neg) / tau          # [C,N,M]
+        logits_pos = -torch.cdist(query, pos) / tau  # [C,N,P]
+        logits_neg = -torch.cdist(query, neg) / tau  # [C,N,M]
         if self_mask:
             logits_neg.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # k ≠ j
-        # Modification 1: each softmax over its own targets alone. Both sum to 1, so the query x drops out of
-        # Σ w⁺·(y − x) − Σ w⁻·(x_k − x):
-        return logits_pos.softmax(-1) @ pos - logits_neg.softmax(-1) @ neg   # [C,N,D]
+        # Modification 1: each softmax over its own targets alone. Both sum to 1, so the query drops out of
+        # Σ w⁺·(y − query) − Σ w⁻·(x_k − query):
+        return logits_pos.softmax(-1) @ pos - logits_neg.softmax(-1) @ neg  # [C,N,D]
 
 
 @torch.no_grad()
 def y_softmax_field(x, pos, neg, temperature, scale, *, noise):
     """The field as Deng et al. released it, with a second softmax over the generated samples (Table 3 A)."""
-    targets = torch.cat([neg, pos], 1)                       # [C,M+P,D]
+    targets = torch.cat([neg, pos], 1)  # [C,M+P,D]
     distance = torch.cdist(x + noise, targets) / scale
-    distance.diagonal(dim1=1, dim2=2).add_(100)              # instead of a mask
-    logits = -distance / temperature                         # [C,N,M+P]
+    distance.diagonal(dim1=1, dim2=2).add_(100)  # instead of a mask
+    logits = -distance / temperature             # [C,N,M+P]
     affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp(min=1e-6).sqrt()
     w_neg, w_pos = affinity.split([neg.shape[1], pos.shape[1]], -1)
     mass_neg, mass_pos = w_neg.sum(-1, keepdim=True), w_pos.sum(-1, keepdim=True)
@@ -106,11 +106,11 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     field = y_softmax_field if y_softmax else drift_field
     drift, info = torch.zeros_like(x), {"scale": scale}
     for tau in temperatures:
-        V = field(x, pos, neg, tau, scale, noise=tau * scale * n) / unit     # Eq. (11) at Eq. (12)
+        V = field(x, pos, neg, tau, scale, noise=tau * scale * n) / unit  # Eq. (11) at Eq. (12)
         rms = V.square().mean().clamp(min=1e-8).sqrt()
-        drift += V / rms                                     # Ṽ
+        drift += V / rms  # Ṽ
         info[f"drift_{tau:g}"] = rms
-    target = x / unit + drift                                # sg[G + Ṽ]
+    target = x / unit + drift  # sg[G + Ṽ]
     return (gen / unit - target).square().mean((1, 2)), info
 
 
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rope=nn.Identity()):                               # [B,N,D]
+    def forward(self, x, rope=nn.Identity()):  # [B,N,D]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(rope(q), rope(k), v).transpose(1, 2).flatten(2))
 
@@ -166,13 +166,13 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # in the released file, of no use here
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), 1e-6)
                                       for _ in range(depth)))
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # likewise: an RAE drops the affine part
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)  # likewise: an RAE drops the affine part
 
     def features(self, x):
         """Normalised images [B,3,H,W] -> class, register and patch tokens [B,1+R+N,D] before any norm."""
-        x = self.patch_embed["proj"](x)                      # [B,D,h,w]
+        x = self.patch_embed["proj"](x)  # [B,D,h,w]
         cls, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        if x.shape[-2:] != (self.grid, self.grid):           # 518 pixels -> 224, say
+        if x.shape[-2:] != (self.grid, self.grid):  # 518 pixels -> 224, say
             pos = pos.mT.unflatten(-1, (self.grid, self.grid))
             pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", antialias=True).flatten(2).mT
         prefix = torch.cat([self.cls_token + cls, self.register_tokens], 1)  # registers have no position
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         self.patch_size, self.grid = patch_size, grid
         self.embed = nn.Linear(latent_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        pos_embed = F.pad(sincos_2d(width, grid), (0, 0, 1, 0)).unsqueeze(0)    # a zero for the class token
+        pos_embed = F.pad(sincos_2d(width, grid), (0, 0, 1, 0)).unsqueeze(0)  # a zero for the class token
         self.register_buffer("pos_embed", pos_embed)
         self.blocks = nn.Sequential(*(Block(width, num_heads, mlp_dim, 1e-12) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, 1e-12)
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
     def forward(self, x):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed(x)], 1) + self.pos_embed
         x = self.pred(self.norm(self.blocks(x)))[:, 1:].unflatten(1, (self.grid, self.grid))
-        x = x.unflatten(-1, (self.patch_size, self.patch_size, 3))  # [B,h,w,p,q,3]
+        x = x.unflatten(-1, (self.patch_size, self.patch_size, 3))      # [B,h,w,p,q,3]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B,3,h·p,w·q]
 
     @classmethod
@@ -254,12 +254,12 @@ class RAE(nn.Module):
     def encode(self, images):
         """Images [B,3,H,W] in [0,1] -> normalised latents [B,D,h,w]."""
         images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic")  # as released
-        x = self.encoder((images - self.pixel_mean) / self.pixel_std)  # [B,N,D]
+        x = self.encoder((images - self.pixel_mean) / self.pixel_std)                       # [B,N,D]
         return (x.mT.unflatten(-1, self.mean.shape[-2:]) - self.mean) / self.std
 
     def decode(self, latents):
         """Normalised latents [B,D,h,w] -> images [B,3,H,W] around [0,1], not clamped."""
-        x = self.decoder((latents * self.std + self.mean).flatten(2).mT)     # of tokens [B,N,D]
+        x = self.decoder((latents * self.std + self.mean).flatten(2).mT)  # of tokens [B,N,D]
         images = x * self.pixel_std + self.pixel_mean
         return torch.sigmoid(6 * images - 3) if self.sigmoid else images
 
@@ -276,7 +276,7 @@ class RoPE(nn.Module):
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
 
-    def forward(self, x):                                    # [B,heads,N,d]
+    def forward(self, x):  # [B,heads,N,d]
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
         return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
 
@@ -310,7 +310,7 @@ class DiTDH(nn.Module):
         self.input_size, self.in_channels = input_size, in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.depth = tuple(depth)
-        self.grad_checkpoint = False    # True: keep a block's input alone and compute the rest anew
+        self.grad_checkpoint = False  # True: keep a block's input alone and compute the rest anew
         enc, head = hidden_size
         self.register_buffer("pos_embed", sincos_2d(enc, input_size).unsqueeze(0))
         self.s_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, enc, 1)})
@@ -322,7 +322,7 @@ class DiTDH(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, enc)})
         self.enc_feat_rope = RoPE(enc // num_heads[0], input_size)
         self.dec_feat_rope = RoPE(head // num_heads[1], input_size)
-        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # it may be 1e-16 low
+        self.blocks = nn.ModuleList(DiTBlock(d, h, int(d * mlp_ratio + 1e-6))  # not 7.999…
                                     for d, n, h in zip(hidden_size, depth, num_heads) for _ in range(n))
         self.final_layer = nn.ModuleDict({
             "norm_final": nn.RMSNorm(head, 1e-6), "linear": nn.Linear(head, in_channels),
@@ -334,9 +334,9 @@ class DiTDH(nn.Module):
             if name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
                 nn.init.normal_(m.weight, std=0.02)
             if name.endswith(("adaLN_modulation.1", "final_layer.linear")):
-                nn.init.zeros_(m.weight)    # adaLN-Zero: blocks start as the identity, the output as 0
+                nn.init.zeros_(m.weight)  # adaLN-Zero: blocks start as the identity, the output as 0
 
-    def run(self, block, *inputs):
+    def checkpointed(self, block, *inputs):
         if self.grad_checkpoint and torch.is_grad_enabled():
             return recompute(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
@@ -346,19 +346,19 @@ class DiTDH(nn.Module):
         if self.training:
             dropped = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
             y = y.masked_fill(dropped, self.num_classes)
-        angle = 2 * math.pi * t.view(-1, 1, 1) * self.t_embedder.W  # random Fourier features [B,1,256]
-        t = self.t_embedder["mlp"](torch.cat([angle.sin(), angle.cos()], -1))                  # [B,1,E]
+        angle = 2 * math.pi * t.view(-1, 1, 1) * self.t_embedder.W             # Fourier features
+        t = self.t_embedder["mlp"](torch.cat([angle.sin(), angle.cos()], -1))  # [B,1,E]
         c = F.silu(t + self.y_embedder["embedding_table"](y).unsqueeze(1))
         s = self.s_embedder["proj"](x).flatten(2).mT + self.pos_embed  # [B,N,E]
         for block in self.blocks[:self.depth[0]]:
-            s = self.run(block, s, c, self.enc_feat_rope)
-        s = self.s_projector(F.silu(t + s))                  # [B,N,H]: one condition a token
-        out = at_least_float32(self.x_embedder["proj"](x).flatten(2).mT)     # a residual stream, in bf16 too
+            s = self.checkpointed(block, s, c, self.enc_feat_rope)
+        s = self.s_projector(F.silu(t + s))                               # [B,N,H]: one condition a token
+        out = at_least_float32(self.x_embedder["proj"](x).flatten(2).mT)  # stays fp32 under autocast
         for block in self.blocks[self.depth[0]:]:
-            out = self.run(block, out, s, self.dec_feat_rope)
+            out = self.checkpointed(block, out, s, self.dec_feat_rope)
         shift, scale = self.final_layer["adaLN_modulation"](s).chunk(2, -1)
         out = self.final_layer["linear"](self.final_layer["norm_final"](out) * (1 + scale) + shift)
-        return out.mT.unflatten(-1, x.shape[-2:])            # [B,D,h,w]
+        return out.mT.unflatten(-1, x.shape[-2:])  # [B,D,h,w]
 
     @classmethod
     def from_state_dict(cls, sd):
@@ -397,7 +397,7 @@ def flow_matching_loss(model, latents, y, shift=1.0, generator=None):
 
 def train_flow(model, latents, labels, steps, *, batch_size=128, lr=1.5e-3, shift=1.0, decay=0.995, seed=0):
     """Train a flow on latents [n,D,h,w] with labels [n] -> the moving average of its weights."""
-    generator = torch.manual_seed(seed)     # the global one, from which forward drops labels
+    generator = torch.manual_seed(seed)  # the global one, from which forward drops labels
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
@@ -416,7 +416,7 @@ def train_flow(model, latents, labels, steps, *, batch_size=128, lr=1.5e-3, shif
 
 @torch.no_grad()
 def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
-    """The official Euler sampler, z [B,D,h,w] -> same: `steps` grid points from u = 1 to 0.001.
+    """The official Euler sampler (there shift = √48), z [B,D,h,w] -> same: `steps` grid points.
     cfg_scale ≠ 1: classifier-free guidance where t lies in cfg_interval, ends included.
     """
     x = z
@@ -441,7 +441,7 @@ def guide(model, w):
     Ours: the abstract of the paper's v2 speaks of extrapolation and gives no formula.
     """
     model = copy.deepcopy(model)
-    table = model.y_embedder["embedding_table"].weight       # its last row is e(∅), and stays
+    table = model.y_embedder["embedding_table"].weight  # its last row is e(∅), and stays
     table += w * (table - table[-1:])
     return model
 
@@ -449,7 +449,7 @@ def guide(model, w):
 # ---- 5  Distillation (§4): one class at a time, gradients accumulated over the classes of a step.
 
 def world():
-    return int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
+    return int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def rank():
@@ -458,7 +458,7 @@ def rank():
 
 def seeded(cfg, *what):
     """A generator for each thing that is drawn: neither a break nor the number of ranks changes it.
-    what: (step, 0, 1) classes, (step, c + 1, 1) positives, (step, c + 1, 0) noise, (i, 0, 3) sample i.
+    what: (step, 0, 1) classes, (step, c + 1, 1) positives, (step, c + 1, 0) noise; (i, 0, 2) sample i.
     """
     return np.random.default_rng([cfg.seed, *what])
 
@@ -469,22 +469,23 @@ def autocast(cfg):
 
 def train_step(student, ema, optimizer, batch, step, cfg):
     """One step, from noise to the moving average. batch: this rank's (class, positives [P,D,h,w])."""
-    log = Counter()                                          # its update() adds
+    log = Counter()  # its update() adds
     for c, pos in batch:
         generator = torch.Generator(cfg.device).manual_seed(int(seeded(cfg, step, c + 1, 0).integers(2**63)))
         z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
         y = torch.full((len(z),), c, device=cfg.device)
         gen, extra = z.split([cfg.n_neg, cfg.n_extra_neg])
-        with autocast(cfg):     # first with gradient: autocast keeps its bf16 weights, no_grad's have none
-            gen = one_step(student, gen, y[:cfg.n_neg])      # Eq. (8)
+        # gen before extra: autocast caches bf16 weights, and through those made under no_grad flows no gradient
+        with autocast(cfg):
+            gen = one_step(student, gen, y[:cfg.n_neg])  # Eq. (8)
             if cfg.n_extra_neg:
-                with torch.no_grad():                        # modification 3
+                with torch.no_grad():  # modification 3
                     extra = one_step(student, extra, y[cfg.n_neg:])
         total = 0
-        for window in cfg.windows:                           # (1,) in the paper
+        for window in cfg.windows:  # (1,) in the paper
             loss, info = drift_loss(tokens(gen, window), tokens(pos, window), tokens(extra, window),
                                     cfg.temperatures, perturb=cfg.perturb, y_softmax=cfg.y_softmax,
-                                    generator=generator)     # Eq. (10)-(12)
+                                    generator=generator)  # Eq. (10)-(12)
             total = total + loss.mean()
             log.update({name: value / len(cfg.windows) for name, value in info.items()})
         (total / cfg.n_class).backward()
@@ -492,9 +493,9 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     if world() > 1:
         for p in student.parameters():
             distributed.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()  # Table 8, as the next two
-    if not math.isfinite(norm):     # before a weight moves: the last save stays good
-        raise ValueError(f"the gradient is NaN or infinite at step {step}: try a lower --lr")
+    norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # Table 8, as the next two
+    if not norm.isfinite():  # before a weight moves: the last save stays good
+        raise ValueError(f"the gradient is NaN or infinite at step {step}: start anew with a lower --lr")
     optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - cfg.lr / 100) * step / cfg.steps
     optimizer.step()
     optimizer.zero_grad()
@@ -506,12 +507,12 @@ def train_step(student, ema, optimizer, batch, step, cfg):
 
 def distil(student, source, labels, cfg, rae=None, state=None):
     """cfg.steps steps -> the moving average of the student. Writes OUT/log.csv and, to resume, OUT/state.pt.
-    source, labels, rae: as in `positives`. The student is in eval mode: no label is dropped.
-    Ctrl-C or SIGTERM finishes the step, saves and raises KeyboardInterrupt.
+    source, labels, rae: as in `positives`. Ctrl-C or SIGTERM: finish the step, save, raise KeyboardInterrupt.
     """
+    student.eval()  # no label is dropped
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
-    start, rows = 0, []
+    start, rows, stop = 0, [], 0
     if state:
         student.load_state_dict(state["student"])
         ema.load_state_dict(state["ema"])
@@ -528,24 +529,27 @@ def distil(student, source, labels, cfg, rae=None, state=None):
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
     for step in trange(start, cfg.steps, initial=start, total=cfg.steps, desc="distil", disable=rank() > 0):
         log, norm = train_step(net, ema, optimizer, zip(classes[step].tolist(), latents), step, cfg)
-        totals = torch.stack([*log.values(), torch.full_like(log["loss"], len(signals))]) / cfg.n_class
+        totals = torch.stack([*log.values(), torch.full_like(norm, len(signals))]) / cfg.n_class
         if world() > 1:
-            distributed.all_reduce(totals)                   # so all ranks stop at the same step
+            distributed.all_reduce(totals)  # so all ranks stop at the same step
         *means, stop = totals.tolist()
-        log = dict(zip(log, means))
-        rows.append({"step": step, **log, "grad_norm": norm, "seconds": time.perf_counter() - began})
+        rows.append({"step": step, **dict(zip(log, means)), "grad_norm": norm.item(),
+                     "seconds": time.perf_counter() - began})
         if rank() == 0 and (stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            state = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(), "log": rows,
+            saved = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(), "log": rows,
                      "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(cfg)}
-            write_atomically(Path(cfg.out, "state.pt"), partial(torch.save, state))
-            table = "\n".join(",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows)))
+            write_atomically(Path(cfg.out, "state.pt"), partial(torch.save, saved))
+            lines = [rows[0], *(row.values() for row in rows)]  # a dict's keys: the header
+            table = "\n".join(",".join(map(str, line)) for line in lines)
             write_atomically(Path(cfg.out, "log.csv"), lambda file: file.write(table.encode()))
         if stop:
-            if world() > 1:
-                distributed.barrier()                        # until rank 0 has saved
-            raise KeyboardInterrupt(f"step {step + 1} is saved, go on with --resume")
+            break
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if stop:
+        if world() > 1:
+            distributed.barrier()  # until rank 0 has saved
+        raise KeyboardInterrupt(f"step {step + 1} is saved, go on with --resume")
     return ema
 
 
@@ -563,7 +567,7 @@ def center_crop(image, size):
 
 def to_uint8(images):
     """[n,3,H,W] around [0,1] -> uint8 [n,H,W,3] on the CPU."""
-    return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def read_image(path, size):
@@ -580,7 +584,7 @@ def encode(rae, images, cfg):
     with autocast(cfg):
         batches = images.split(cfg.batch_size)
         latents = [rae.encode(batch.to(cfg.device).permute(0, 3, 1, 2) / 255) for batch in batches]
-    return torch.cat(latents).float()
+    return torch.cat(latents)
 
 
 def ignore_signals(worker):
@@ -614,12 +618,12 @@ def positives(source, labels, pairs, cfg, rae=None):
 
 def write_atomically(path, write):
     """write(file) under a temporary name, then rename: path is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # the latter is torch.save's
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's
         raise OSError(f"cannot write {path}, an old file is kept: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -642,7 +646,7 @@ def load_teacher(path):
 
 
 def build_teacher(checkpoint):
-    sd = {key.replace("module.", "").replace("_orig_mod.", ""): value       # of DDP, torch.compile
+    sd = {key.replace("module.", "").replace("_orig_mod.", ""): value  # of DDP, torch.compile
           for key, value in checkpoint.get("ema", checkpoint).items()}
     if bad := [key for key, value in sd.items() if not value.isfinite().all()]:
         raise ValueError(f"{bad[0]} holds NaN or infinity")
@@ -660,7 +664,7 @@ def build_encoder(sd):
     return encoder
 
 
-def build_rae(saved):   # ours, as toy/digits.py saves it
+def build_rae(saved):  # ours, as toy/digits.py saves it
     encoder, decoder = ViT(**saved["encoder_args"]), Decoder(**saved["decoder_args"])
     encoder.load_state_dict(saved["encoder"])
     decoder.load_state_dict(saved["decoder"])
@@ -695,10 +699,10 @@ def generate(sampler, rae, labels, cfg, first=0):
     """Images uint8 [n,H,W,3] of sampler(z, y) -> latents for labels [n]; the i-th from noise first + i."""
     images = []
     for batch in torch.arange(len(labels)).split(cfg.batch_size):
-        z = [seeded(cfg, first + i, 0, 3).standard_normal(rae.mean.shape, np.float32) for i in batch.tolist()]
+        z = [seeded(cfg, first + i, 0, 2).standard_normal(rae.mean.shape, np.float32) for i in batch.tolist()]
         with autocast(cfg):
             latents = sampler(torch.from_numpy(np.stack(z)).to(cfg.device), labels[batch].to(cfg.device))
-        images.append(to_uint8(rae.decode(latents.float())))    # in fp32: bf16 rounds by half a grey level
+        images.append(to_uint8(rae.decode(latents)))  # in fp32: bf16 rounds by half a grey level
     return torch.cat(images)
 
 
@@ -716,25 +720,28 @@ def sample(cfg):
     classes = cfg.classes.split(",") if cfg.classes else known
     if not set(classes) <= set(known):
         raise ValueError(f"--classes {cfg.classes}: this model knows the classes 0 to {known[-1]}")
+    if to.suffix == ".png" and n % len(classes):
+        raise ValueError(f"a picture has a row a class: --sample a multiple of {len(classes)}, not {n}")
     i = torch.arange(n)
     order = i * len(classes) // n if to.suffix == ".png" else i % len(classes)  # §4: as many of each class
     labels = torch.tensor([int(c) for c in classes])[order]
     generator = partial(one_step, guide(model, cfg.guidance))
     side = rae.decoder.grid * rae.decoder.patch_size
-    raw = to.with_name(f".{to.name}.tmp")
+    raw = to.with_name(f".{to.name}.raw.tmp")
     try:
-        raw.touch()     # all ranks fill this file
+        raw.touch()  # all ranks fill this file
         with open(raw, "r+b") as file:
             for batch in tqdm(i.split(cfg.batch_size)[rank()::world()], "sample", disable=rank() > 0):
                 file.seek(int(batch[0]) * side * side * 3)
                 file.write(generate(generator, rae, labels[batch], cfg, int(batch[0])).numpy())
         if world() > 1:
             distributed.barrier()
-        images = np.memmap(raw, np.uint8, "r", shape=(n, side, side, 3))
-        if rank() == 0 and to.suffix == ".png":
-            save_grid(to, torch.from_numpy(images.copy()), columns=math.ceil(n / len(classes)))
-        elif rank() == 0:
-            write_atomically(to, partial(np.savez, arr_0=images, arr_1=labels.numpy()))
+        if rank() == 0:
+            images = np.memmap(raw, np.uint8, "r", shape=(n, side, side, 3))
+            if to.suffix == ".png":
+                save_grid(to, torch.from_numpy(images.copy()), columns=n // len(classes))
+            else:
+                write_atomically(to, partial(np.savez, arr_0=images, arr_1=labels.numpy()))
     finally:
         if rank() == 0:
             raw.unlink(missing_ok=True)
@@ -749,8 +756,8 @@ def option(default, help, low=None, high=2**31, choices=None):
 @dataclasses.dataclass
 class Config:
     preset: str = option("digits", "defaults of all other flags", choices=("digits", "imagenet256"))
-    teacher: str = option("", "checkpoint of the flow teacher, ours or official; none: OUT/teacher.pt")
-    data: str = option("", "folder of images, a subfolder a class; none: those in the teacher's file")
+    teacher: str = option("", "checkpoint of the flow teacher, ours or official; '': OUT/teacher.pt")
+    data: str = option("", "folder of images, a subfolder a class; '': those in the teacher's file")
     models: str = option("models", "folder of the released files, for an official teacher")
     out: str = option("out", "folder for all that is written")
     resume: bool = option(False, "go on from OUT/state.pt, under its configuration")
@@ -762,7 +769,7 @@ class Config:
     workers: int = option(4, "processes a rank that read --data ahead", 0, 1024)
     steps: int = option(400, "optimizer steps", 1)
     n_class: int = option(5, "classes a step, one after the other", 1)
-    n_pos: int = option(256, "positives: real images a class and step", 1)
+    n_pos: int = option(256, "positives a class and step: as many as negatives (Table 7)", 1)
     n_neg: int = option(64, "generated samples with gradient a class and step", 2)
     n_extra_neg: int = option(192, "generated samples without gradient, for the repulsion", 0)
     temperatures: tuple = option((0.02, 0.05, 0.2), "τ of the fields, in mean distances", 1e-6)
@@ -775,14 +782,14 @@ class Config:
     ema_warmup: int = option(100, "steps over which that decay rises from 0.5", 1)
     save_every: int = option(100, "steps between two writes of OUT/state.pt, log.csv", 1)
     sample: int = option(0, "only draw this many class-balanced images", 0)
-    student: str = option("", "checkpoint to sample from; none: OUT/student.pt")
+    student: str = option("", "checkpoint to sample from; '': OUT/student.pt")
     to: str = option("", "where to: FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or FILE.png (a row a class)")
-    classes: str = option("", "classes to sample, as in 1,5,9; none: all")
+    classes: str = option("", "classes to sample, as in 1,5,9; '': all")
     guidance: float = option(0.0, "guidance at no cost (ours); 0.1 suits the digits", -10, 10)
     batch_size: int = option(256, "images a batch, in sampling and encoding", 1)
 
 
-PRESETS = {"digits": {}, "imagenet256": dict(                # Table 8
+PRESETS = {"digits": {}, "imagenet256": dict(  # Table 8
     dtype="bf16", steps=10_000, n_class=32, flip=True, lr=3e-5, ema=0.9995, ema_warmup=1000,
     save_every=500, batch_size=64, workers=8)}
 
@@ -797,7 +804,7 @@ def parse(argv=None):
         elif f.type is tuple:
             how = dict(type=type(f.default[0]), nargs="+")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default or 'none'})", **how)
+                            help=f"{f.metadata['help']} (default: {f.default!r})", **how)
     given = vars(parser.parse_args(argv))
     cfg = Config(**PRESETS[given.get("preset", "digits")] | given)
     for f in dataclasses.fields(Config):
@@ -807,8 +814,6 @@ def parse(argv=None):
                 parser.error(f"--{f.name.replace('_', '-')} must be from {low} to {high}, not {value}")
     if bool(cfg.sample) != cfg.to.endswith((".npz", ".png")):
         parser.error("sampling takes --sample N and --to FILE.npz or FILE.png")
-    if world() > cfg.n_class:
-        parser.error(f"--n-class {cfg.n_class}: each of {world()} processes needs a class")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     return cfg, given
@@ -817,7 +822,8 @@ def parse(argv=None):
 def run(cfg, state, began):
     """Distil; write student.pt, samples.png and, for the digits, metrics.json to OUT."""
     out = Path(cfg.out)
-    teacher, rae, ours = load_pair(cfg.teacher or out / "teacher.pt", cfg)
+    student, rae, ours = load_pair(cfg.teacher or out / "teacher.pt", cfg)  # §3.3: it starts from the teacher
+    student.grad_checkpoint = cfg.grad_checkpoint
     if cfg.data:
         size = rae.decoder.grid * rae.decoder.patch_size
         source = torchvision.datasets.ImageFolder(cfg.data, loader=partial(read_image, size=size))
@@ -826,21 +832,19 @@ def run(cfg, state, began):
         source, labels = encode(rae, ours["images"], cfg), ours["labels"].numpy()
     else:
         raise ValueError("this teacher's file brings no images: name a folder of them with --data")
-    if not cfg.n_class <= teacher.num_classes == labels.max() + 1:
-        raise ValueError(f"the numbers of classes do not agree: teacher {teacher.num_classes}, "
-                         f"images {labels.max() + 1}, --n-class {cfg.n_class}")
-    student = copy.deepcopy(teacher)        # §3.3: it starts from the teacher
-    student.grad_checkpoint = cfg.grad_checkpoint
+    if not world() <= cfg.n_class <= student.num_classes == labels.max() + 1:
+        raise ValueError(f"it must hold: {world()} processes <= --n-class {cfg.n_class} <= {student.num_classes} "
+                         f"classes of the teacher = {labels.max() + 1} classes of images")
     ema = distil(student, source, labels, cfg, rae, state)
     if rank() > 0:
         return
-    saved = {"ema": ema.state_dict()} | {key: ours[key] for key in ours if key == "rae"}
+    saved = {"ema": ema.state_dict()} | ({"rae": ours["rae"]} if ours else {})
     write_atomically(out / "student.pt", partial(torch.save, saved))
     if "judge" in ours:
         from toy.digits import report
-        report(teacher, ema, rae, ours, cfg, began)
+        report(ema, rae, ours, cfg, began)
     else:
-        labels = torch.arange(min(10, teacher.num_classes)).repeat_interleave(8)
+        labels = torch.arange(min(10, student.num_classes)).repeat_interleave(8)
         save_grid(out / "samples.png", generate(partial(one_step, ema), rae, labels, cfg), columns=8)
 
 
@@ -866,7 +870,7 @@ def main(argv=None):
     if cfg.device == "cuda":
         cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(cfg.device)
-        torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     if world() > 1:
         gpu = torch.device(cfg.device) if cfg.device.startswith("cuda") else None
         distributed.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
@@ -883,7 +887,7 @@ def command(main):
         print(f"interrupted: {stop}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(str(error).strip().splitlines()[-1])   # a reader process puts its traceback before
+        sys.exit(str(error).strip().rpartition("\n")[2])  # above it, a reader process's traceback
 
 
 if __name__ == "__main__":
