@@ -475,8 +475,7 @@ def train_step(student, ema, optimizer, batch, step, cfg):
         z = torch.randn(cfg.n_neg + cfg.n_extra_neg, *pos.shape[1:], generator=generator, device=cfg.device)
         y = torch.full((len(z),), c, device=cfg.device)
         gen, extra = z.split([cfg.n_neg, cfg.n_extra_neg])
-        # gen before extra: autocast caches bf16 weights, and through those made under no_grad flows no gradient
-        with autocast(cfg):
+        with autocast(cfg):  # gen first: it caches bf16 weights, and those of no_grad carry no gradient
             gen = one_step(student, gen, y[:cfg.n_neg])  # Eq. (8)
             if cfg.n_extra_neg:
                 with torch.no_grad():  # modification 3
@@ -493,7 +492,7 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     if world() > 1:
         for p in student.parameters():
             distributed.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # Table 8, as the next two
+    norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)  # Table 8, as learning rate and average
     if not norm.isfinite():  # before a weight moves: the last save stays good
         raise ValueError(f"the gradient is NaN or infinite at step {step}: start anew with a lower --lr")
     optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - cfg.lr / 100) * step / cfg.steps
@@ -833,8 +832,8 @@ def run(cfg, state, began):
     else:
         raise ValueError("this teacher's file brings no images: name a folder of them with --data")
     if not world() <= cfg.n_class <= student.num_classes == labels.max() + 1:
-        raise ValueError(f"it must hold: {world()} processes <= --n-class {cfg.n_class} <= {student.num_classes} "
-                         f"classes of the teacher = {labels.max() + 1} classes of images")
+        raise ValueError(f"it must hold: {world()} processes <= --n-class {cfg.n_class} <= classes of the "
+                         f"teacher {student.num_classes} = classes of images {labels.max() + 1}")
     ema = distil(student, source, labels, cfg, rae, state)
     if rank() > 0:
         return
