@@ -1,53 +1,50 @@
-"""Why drifting works and where it fails, on two moons hidden in R^D.
+"""Why drifting works and where it fails: two moons hidden in R^D.
 
     python toy/two_moons.py [--out out] [--quick]      table, two_moons.json, two_moons.png, two_moons.gif
 
-A small generator, noise -> MLP -> R^D, is trained with drift_rae.py's drift_loss. The moons lie in a random plane;
-in the other D − 2 directions the data is Gaussian noise, σ = 0.1 in the *concentrated* regime or σ = 1, the moons'
-own scale, in the *scattered* one. The generator starts at the scale of the scattered data, so
-whatever is small in the end was shrunk by the loss. Measured, 3 seeds, generated over real spread in the plane for
-D = 8, 32, 128, 512: concentrated 1.00, 0.99, 0.94, 0.83; scattered 1.07, 1.05, 0.36, 0.09.
+The moons lie in a random plane of R^D. The other D − 2 directions hold Gaussian noise: σ = 0.1 in the
+concentrated regime; σ = 1, the moons' own scale, in the scattered one. A small MLP makes points of R^D from
+8 noise dimensions. It starts at the scale of the scattered data and is trained with drift_loss.
 
-Theorem 1 (§3.2): scattered points are all about √(2D)·σ apart, to a relative 1/√D, so softmax(−distance/τ) nears
-uniform and the attraction's centre Σ w·y averages many independent directions: it falls from ‖y‖ towards ‖y‖/√P
-(column |Σwy|, in units of ‖y‖). Our reading of the collapse: samples made from 8 noise dimensions have near
-neighbours among themselves, so the repulsion's centre Σ w·x stays near x_j, and the target x_j + Σ w·y − Σ w·x lies
-near Σ w·y, close to the origin. v_pos and v_neg are ‖V⁺‖/S and ‖V⁻‖/S of drift_loss, measured from x_j as Eq. (5)
-has them (the theorem's V⁺ is from the origin). A cure and a control:
+Look at the spread in the plane, generated over real: 1 is right, 0 a collapse. Means of 3 seeds at
+D = 8, 32, 128, 512: concentrated 1.00, 0.99, 0.94, 0.83; scattered 1.04, 1.05, 0.36, 0.09.
 
-"features"       a map φ that concentrates, and the loss on φ(G(z)) and φ(y), gradient through φ, as Deng et al. do
-                 with an MAE. Here φ is linear CCA between two noisy views of each point. It is told which views
-                 belong together, nothing else, and keeps what they share, as DINOv2 does with augmentations. PCA
-                 could not: all variances are equal by construction. φ is blind to the noise directions.
-"identity path"  G(z) = z + MLP(z), z in R^D: as scattered as the data from the start. V⁺ and V⁻ stay equally
-                 long, so nothing collapses; but the field that is left hardly teaches the moons.
+Theorem 1 (§3.2) says why. Scattered points are all about equally far apart. So the softmax over the positives
+is nearly uniform, and the attraction's centre Σ w·y averages many directions: it is short (column |Σwy|).
+The samples have near neighbours among themselves, being made from 8 dimensions. So Σ w·x stays near x_j, and
+the target x_j + Σ w·y − Σ w·x lies near Σ w·y, at the origin. This half is our reading.
+
+A cure, "features": the loss on φ(G(z)) and φ(y), as Deng et al. do with an MAE. A control, "identity path":
+G(z) = z + MLP(z), z in R^D, is as scattered as the data. It does not collapse, and hardly learns.
 """
 import json
 import math
 import multiprocessing
 import signal
 import sys
-import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import distances, drift_loss  # noqa: E402
-from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
+from drift_rae import command, drift_loss, laplace_noise, write_atomically  # noqa: E402
+from toy.plot import COLOURS, Axes, sheet  # noqa: E402
 
 SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
-N, WIDTH, NOISE, LR = 128, 256, 8, 8e-3           # samples and positives a step; the generator's layers and input
-TEMPERATURES = (0.02, 0.05, 0.2)                  # Table 8
-METHODS = {"drift-rae": {}, "baseline": {"y_softmax": True, "perturb": False}, "perturb only": {"y_softmax": True},
-           "single softmax only": {"perturb": False}, "features": {}, "identity path": {}}
-TABLE_5 = 32                                      # the D at which all rows of Table 5 are run: hard but possible
-FRAMES, VIEWS, EVALUATE = 36, 4096, 2000          # of the GIF; pairs that CCA sees; samples of an energy distance
+N, WIDTH, NOISE, LR = 128, 256, 8, 8e-3           # samples and positives a step; the MLP's layers and input
+TAU = torch.tensor([0.02, 0.05, 0.2])[:, None, None]      # Table 8, as drift_loss has them: [T,1,1]
+METHODS = {"drift-rae": {}, "baseline": {"y_softmax": True, "perturb": False},
+           "perturb only": {"y_softmax": True}, "single softmax only": {"perturb": False},
+           "features": {}, "identity path": {}}
+FRAMES, VIEWS, EVALUATE = 32, 4096, 2000          # of the GIF; pairs for CCA; samples of an energy distance
+LEGEND = "grey: data\ncolour: samples\narrows: push of the loss\naxes: standard deviations"
+COLUMNS = {"energy_distance": "energy distance", "spread_ratio": "spread", "energy_floor": "floor",
+           "attraction": "|Σwy|", "v_pos": "‖V⁺‖", "v_neg": "‖V⁻‖", "effective_positives": "eff. pos."}
 
 
 def moons(n, generator):
@@ -66,238 +63,188 @@ def embed(xy, frame, sigma, generator):
 
 
 def concentrating_map(frame, sigma, generator):
-    """Canonical correlation analysis of two views of VIEWS points: same moon point, fresh noise -> φ, R^D -> R^k.
-
-    φ keeps the k directions whose canonical correlation is above 0.9, whitened. Neither plane nor labels are given.
-    """
+    """φ, R^D -> R^k: it keeps, whitened, what two noisy views of a moon point share (CCA). No labels."""
     xy = moons(VIEWS, generator)
     a, b = (embed(xy, frame, sigma, generator) for _ in range(2))           # [n,D]
-    within, between = (a.T @ a + b.T @ b) / (2 * VIEWS), (a.T @ b + b.T @ a) / (2 * VIEWS)
+    within = (a.T @ a + b.T @ b) / (2 * VIEWS)
+    between = (a.T @ b + b.T @ a) / (2 * VIEWS)
     whiten = torch.linalg.inv(torch.linalg.cholesky(within))                # [D,D]
     correlation, directions = torch.linalg.eigh(whiten @ between @ whiten.T)
     projection = whiten.T @ directions[:, correlation > 0.9]                # [D,k]
     return lambda x: x @ projection
 
 
-class Generator(nn.Module):
-    """Noise -> R^D, of standard deviation 1 at the start."""
-
-    def __init__(self, dim, identity):
-        super().__init__()
-        self.noise, self.identity = dim if identity else NOISE, identity
-        self.net = nn.Sequential(nn.Linear(self.noise, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(),
-                                 nn.Linear(WIDTH, dim))
-        last = self.net[-1]
-        with torch.no_grad():
-            std = self.net(torch.randn(EVALUATE, self.noise)).std(0).mean()
-            last.weight.mul_(0 if identity else 1 / std)
-            last.bias.zero_()
-
-    def forward(self, z):
-        return self.net(z) + (z if self.identity else 0)
+def mlp(noise, dim, std):
+    """The generator: noise -> R^D, of standard deviation std at the start."""
+    net = nn.Sequential(nn.Linear(noise, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(),
+                        nn.Linear(WIDTH, dim))
+    with torch.no_grad():
+        net[-1].weight.mul_(std / net(torch.randn(EVALUATE, noise)).std(0).mean())
+        net[-1].bias.zero_()
+    return net
 
 
 def energy_distance(a, b):
-    """2·E‖a−b‖ − E‖a−a'‖ − E‖b−b'‖ over all pairs of [n,2] and [m,2]: never negative, 0.002 between equals."""
+    """2·E‖a−b‖ − E‖a−a'‖ − E‖b−b'‖ over all pairs of [n,2] and [m,2]; about 0.002 between equals."""
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
-def run_cell(cell):
-    """(regime, dim, seed, method, steps, n_shots) -> row of two_moons.json, shots for the pictures.
+def forces(x, y, noise, y_softmax=False):
+    """Of samples x [N,D], queried at x + τ·noise, and positives y [P,D], in units of S; means over τ and N.
 
-    A shot is (step, generated [3N,2], push [N,2]) in the plane: push is minus the loss's gradient at the first N.
+    v_pos, v_neg: ‖V⁺‖ and ‖V⁻‖ of Eq. (5), measured from the query. effective_positives: 1/Σw².
     """
+    query = x + TAU * noise                                                 # [T,N,D]
+    logits = -torch.cdist(query, torch.cat([x, y])) / TAU                   # [T,N,N+P]
+    logits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)                       # k ≠ j
+    w_neg, w_pos = (part.softmax(-1) for part in logits.split([len(x), len(y)], -1))
+    if y_softmax:                                                           # the weights of y_softmax_field
+        affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp(min=1e-6).sqrt()
+        neg, pos = affinity.split([len(x), len(y)], -1)
+        w_neg, w_pos = neg * pos.sum(-1, keepdim=True), pos * neg.sum(-1, keepdim=True)
+    mass = w_pos.sum(-1, keepdim=True)                                      # that of w_neg too
+    v_pos, v_neg = w_pos @ y - mass * query, w_neg @ x - mass * query       # [T,N,D]
+    found = {"v_pos": v_pos.norm(dim=-1), "v_neg": v_neg.norm(dim=-1),
+             "effective_positives": 1 / (w_pos / mass).square().sum(-1)}
+    return {name: value.mean().item() for name, value in found.items()}
+
+
+@torch.no_grad()
+def measure(generate, draw, phi, plane, g, perturb=True, y_softmax=False):
+    """The numbers of a row of two_moons.json; attraction: Theorem 1's ‖V⁺‖ = ‖Σ w·y‖, in units of ‖y‖."""
+    x, y = phi(generate(N, g)), phi(draw(N, g))
+    scale = torch.cdist(x, torch.cat([x, y])).mean()                        # S
+    found = forces(x / scale, y / scale, laplace_noise(x, g) if perturb else 0, y_softmax)
+    x, y, again = generate(EVALUATE, g), draw(EVALUATE, g), draw(EVALUATE, g)
+    targets = phi(y[:N])
+    centre = (-torch.cdist(phi(x[:N]), targets) / (scale * TAU)).softmax(-1) @ targets      # [T,N,D]
+    found["attraction"] = (centre.norm(dim=-1).mean() / targets.square().sum(-1).mean().sqrt()).item()
+    x, y, again = x @ plane, y @ plane, again @ plane
+    return {"energy_distance": energy_distance(x, y), "energy_floor": energy_distance(again, y),
+            "spread_ratio": (x.std(0).mean() / y.std(0).mean()).item(), **found}
+
+
+def run_cell(cell):
+    """cell -> a row of two_moons.json; shots: step, samples [3N,2], the loss's push on the first N [N,2]."""
     regime, dim, seed, method, steps, n_shots = cell
+    torch.set_num_threads(1)     # cells side by side are faster than threads on one, and repeat bit for bit
     torch.manual_seed(seed)
-    g, g_shot = (torch.Generator().manual_seed(seed + s) for s in (0, 10**6))   # pictures leave the numbers alone
+    g = torch.Generator().manual_seed(seed)
     frame = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q
-    net, plane = Generator(dim, method == "identity path"), frame[:, :2]
+    plane = frame[:, :2]
+    identity = method == "identity path"
+    noise = dim if identity else NOISE
+    net = mlp(noise, dim, 0 if identity else 1)
     phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else nn.Identity()
 
     def draw(n, g):
         return embed(moons(n, g), frame, SIGMA[regime], g)
 
-    def loss(x, g):  # the gradient reaches the generator through φ
-        value, info = drift_loss(phi(x)[None], phi(draw(N, g))[None], temperatures=TEMPERATURES, generator=g,
-                                 **METHODS[method])
-        return value.sum(), info
+    def generate(n, g):
+        z = torch.randn(n, noise, generator=g)
+        return net(z) + z if identity else net(z)
 
-    z_shot = torch.randn(3 * N, net.noise, generator=g_shot)                # the same in all frames of the GIF
+    def loss(x, g):
+        return drift_loss(phi(x)[None], phi(draw(N, g))[None], generator=g, **METHODS[method])[0].sum()
+
     when = {round(steps * (1 - i / max(n_shots - 1, 1))**1.5) for i in range(n_shots)}
     opt = torch.optim.AdamW(net.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - 0.99 * t / steps)
     shots = []
     for step in range(steps + 1):
         if step in when:
-            x = net(z_shot).detach().requires_grad_()
-            push = -torch.autograd.grad(loss(x[:N], g_shot)[0], x)[0][:N]
+            same = torch.Generator().manual_seed(seed + 10**6)              # in all shots; g is left alone
+            x = generate(3 * N, same).detach().requires_grad_()
+            push = -torch.autograd.grad(loss(x[:N], same), x)[0][:N]
             shots.append((step, x.detach() @ plane, push @ plane))
         if step < steps:
-            loss(net(torch.randn(N, net.noise, generator=g)), g)[0].backward()
+            loss(generate(N, g), g).backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             opt.step()
             opt.zero_grad()
             schedule.step()
-    with torch.no_grad():
-        info = loss(net(torch.randn(N, net.noise, generator=g)), g)[1]
-        x = net(torch.randn(EVALUATE, net.noise, generator=g))
-        y, again = draw(EVALUATE, g), draw(EVALUATE, g)
-        row = {"regime": regime, "dim": dim, "seed": seed, "method": method,
-               "energy_distance": energy_distance(x @ plane, y @ plane),
-               "energy_floor": energy_distance(again @ plane, y @ plane),
-               "spread_ratio": ((x @ plane).std(0).mean() / (y @ plane).std(0).mean()).item(),
-               **{k: info[k].item() for k in ("v_pos", "v_neg", "effective_positives")},
-               "attraction": attraction(phi(x[:N]), phi(y[:N]), info["scale"])}
-    return row, shots
+    row = {"regime": regime, "dim": dim, "seed": seed, "method": method}
+    return row | measure(generate, draw, phi, plane, g, **METHODS[method]), shots
 
 
-def attraction(x, y, scale):
-    """Theorem 1's ‖V⁺‖ = ‖Σ w·y‖, mean over the temperatures, in units of the root mean square of ‖y‖."""
-    w = torch.cat([(distances(x[None], y[None]) / (-scale * t)).softmax(-1) for t in TEMPERATURES])  # [T,N,N]
-    return ((w @ y).norm(dim=-1).mean() / y.square().sum(-1).mean().sqrt()).item()
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-
-PANEL, GAP, REACH, SCALE = 150, 26, 2.7, 2        # pixels; half a side, in the data's deviations; oversampling
-GREY, COLOUR = (150, 150, 150), {"concentrated": (31, 96, 196), "scattered": (206, 84, 20)}
-
-
-def draw_panel(draw, column, row, title, data, regime, shot):
-    """One plane: data grey, samples coloured, the push on 24 of them as arrows of the same RMS length everywhere."""
-    left, top = GAP + column * (PANEL + GAP), 36 + row * (PANEL + 60)
-
-    def pixel(p):
-        return SCALE * (left + PANEL * (0.5 + p[0] / (2 * REACH))), SCALE * (top + PANEL * (0.5 - p[1] / (2 * REACH)))
-
-    small, large = (ImageFont.load_default(size=SCALE * size) for size in (10, 12))
-    draw.text((SCALE * (left + PANEL / 2), SCALE * (top - 5)), title, "black", large, "md", align="center")
-    draw.rectangle([*pixel((-REACH, REACH)), *pixel((REACH, -REACH))], outline=GREY, width=SCALE)
-    for tick in (-2, 0, 2):
-        (x, y0), (x0, y) = pixel((tick, -REACH)), pixel((-REACH, tick))
-        draw.line([x, y0, x, y0 + 4 * SCALE], GREY, SCALE)
-        draw.line([x0, y, x0 - 4 * SCALE, y], GREY, SCALE)
-        draw.text((x, y0 + 5 * SCALE), str(tick), "black", small, "ma")
-        draw.text((x0 - 6 * SCALE, y), str(tick), "black", small, "rm")
+def panel(key, shot, reach=2.7):
+    """The plane; the push on 24 of the samples as arrows, of one root mean square length in all panels."""
+    regime, dim, method = key
     step, samples, push = shot
-    arrows = 0.45 * push / push.square().sum(1).mean().sqrt().clamp(min=1e-12)
-    for points, colour, r in ((data, (200, 200, 200), 1.2 * SCALE), (samples, COLOUR[regime], 1.4 * SCALE)):
-        for x, y in map(pixel, points[points.abs().amax(1) < REACH].tolist()):
-            draw.ellipse([x - r, y - r, x + r, y + r], colour)
-    for p, v in zip(samples[:24], arrows):
-        if max(p.abs().max(), (p + v).abs().max()) < REACH:
-            along, tip = 0.16 * v / v.norm().clamp(min=1e-12), p + v
-            across = 0.5 * torch.stack([-along[1], along[0]])
-            draw.line([*pixel(p.tolist()), *pixel(tip.tolist())], "black", SCALE)
-            draw.polygon([pixel(q.tolist()) for q in (tip, tip - along + across, tip - along - across)], "black")
-
-
-def draw_panels(rows, legend):
-    """rows: lists of (title, data, regime, shot); legend: (x, y, text) in panels -> image."""
-    size = max(map(len, rows)) * (PANEL + GAP) + GAP, len(rows) * (PANEL + 60) + 6
-    image = Image.new("RGB", [SCALE * s for s in size], "white")
-    draw, (x, y, text) = ImageDraw.Draw(image), legend
-    for r, row in enumerate(rows):
-        for c, panel in enumerate(row):
-            draw_panel(draw, c, r, *panel)
-    draw.text((SCALE * (GAP + x * (PANEL + GAP)), SCALE * y * (PANEL + 60)), text, "black",
-              ImageFont.load_default(size=SCALE * 10.5))
-    return image.resize(size, Image.LANCZOS)
-
-
-def pictures(out, results, dims):
-    """two_moons.png: the end, for every D. two_moons.gif: the way there, for the two largest."""
+    name = f"D = {dim} through a map" if method == "features" else f"{regime}, D = {dim}"
+    title = f"{name}\nstep {step}, spread {samples.std(0).mean():.2f}"
+    axes = Axes(title, "", "", (-reach, reach), (-reach, reach), size=(180, 214), font=12, right=8)
     data = moons(500, torch.Generator().manual_seed(0))
-    cells = {(row["regime"], row["dim"], row["method"]): (row, shots) for row, shots in results if shots}
+    for points, colour in ((data, "#c8c8c8"), (samples, COLOURS[regime == "scattered"])):
+        axes.points(*points[points.abs().amax(1) < reach].T, colour, radius=1.4)
+    arrows = 0.45 * push / push.square().sum(1).mean().sqrt().clamp(min=1e-12)
+    for start, (x, y) in zip(samples[:24].numpy(), arrows.numpy()):
+        ends = np.array([start, start + (x, y)])
+        if abs(ends).max() < reach:
+            tail, tip = axes.pixels(*ends.T)
+            axes.draw.line((tail, tip), "black", 2)
+            axes.draw.regular_polygon((tip, 6), 3, math.degrees(math.atan2(y, x)) - 90, "black")
+    return axes.image()
 
-    def name(regime, dim, method):
-        return f"D = {dim} through a map" if method == "features" else f"{regime}, D = {dim}"
 
-    def end(*key):
-        row, shots = cells[key]
-        numbers = f"spread {row['spread_ratio']:.2f}, energy {row['energy_distance']:.3f}"
-        return f"{name(*key)}\n{numbers}", data, key[0], shots[-1]
-
-    cure = ("scattered", dims[-1], "features")
-    rows = [[end(regime, d, "drift-rae") for d in dims] for regime in SIGMA]
-    image = draw_panels([rows[0], rows[1] + [end(*cure)]], (
-        len(dims), 0.25, "grey: data\nblue, orange: generated\narrows: where the loss\npushes a sample\n"
-                         "energy: distance of the\ntwo clouds\n\naxes: the moons' plane,\nin standard deviations"))
-    write_atomically(out / "two_moons.png", lambda f: image.quantize(128).save(f, "PNG", optimize=True))
-
-    near, far = dims[-2:][0], dims[-1]                  # the same if there is only one
-    keys = [*dict.fromkeys((r, d, "drift-rae") for r, d in (*((r, near) for r in SIGMA), ("scattered", far))), cure]
-    frames = []
-    for shots in zip(*(cells[k][1] for k in keys)):
-        panels = [(f"{name(*k)}\nspread {s[1].std(0).mean():.2f}", data, k[0], s) for k, s in zip(keys, shots)]
-        frames.append(draw_panels([panels], (0, 0.97, f"step {shots[0][0]}")))
-    palette = frames[-1].quantize(64)
-    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+def pictures(out, shots, dims):
+    """two_moons.png: the end, for every D. two_moons.gif: the way there, for the two largest."""
+    keys = [(r, d, "drift-rae") for r in SIGMA for d in dims] + [("scattered", dims[-1], "features")]
+    images = [panel(key, shots[key][-1]) for key in keys]
+    text = Image.new("RGB", images[0].size, "white")
+    ImageDraw.Draw(text).text((10, 60), LEGEND, "black", font_size=13)
+    image = sheet([*images[:len(dims)], text, *images[len(dims):]], len(dims) + 1).quantize(64)
+    write_atomically(out / "two_moons.png", lambda f: image.save(f, "PNG", optimize=True))
+    keys = [keys[max(len(dims) - 2, 0)], *keys[-3:]]
+    frames = [sheet([*map(panel, keys, at_step)], 4) for at_step in zip(*(shots[key] for key in keys))]
+    frames = [frame.quantize(palette=image, dither=Image.Dither.NONE) for frame in frames]
+    durations = [120] * (len(frames) - 1) + [2500]                          # milliseconds
     write_atomically(out / "two_moons.gif", lambda f: frames[0].save(
-        f, "GIF", save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2500], loop=0))
+        f, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0))
 
-
-# ---------------------------------------------------------------------------------------------------- command
 
 def print_table(rows):
-    """Means over the seeds ± standard deviations."""
-    print(f"\n{'method':<21}{'regime':<14}{'D':>4}  {'energy distance':>15}  {'floor':>6}  {'spread':>13}  "
-          f"{'|Σwy|':>6}  {'‖V⁺‖':>6}  {'‖V⁻‖':>6}  {'eff. pos.':>9}")
+    """Means over the seeds, standard deviations of the first two columns."""
+    names = "".join(f"{name:>{10 + 8 * (i < 2)}}" for i, name in enumerate(COLUMNS.values()))
+    print(f"\n{'method':<20}{'regime':<13}{'D':>4}{names}")
     for key in dict.fromkeys((r["method"], r["regime"], r["dim"]) for r in rows):
         group = [r for r in rows if (r["method"], r["regime"], r["dim"]) == key]
-        mean, sd = ({k: f([r[k] for r in group]).item() for k in group[0] if k not in ("method", "regime")}
-                    for f in (np.mean, np.std))
-        print(f"{key[0]:<21}{key[1]:<14}{key[2]:>4}  {mean['energy_distance']:>6.3f} ± {sd['energy_distance']:<6.3f}  "
-              f"{mean['energy_floor']:>6.3f}  {mean['spread_ratio']:>5.2f} ± {sd['spread_ratio']:<5.2f}  "
-              f"{mean['attraction']:>6.2f}  {mean['v_pos']:>6.2f}  {mean['v_neg']:>6.2f}  "
-              f"{mean['effective_positives']:>9.1f}")
+        line = "{:<20}{:<13}{:>4}".format(*key)
+        for i, column in enumerate(COLUMNS):
+            values = np.array([r[column] for r in group])
+            line += f"{values.mean():>10.3f}" + f" ± {values.std():.3f}" * (i < 2)
+        print(line)
 
 
-def one_thread():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
-def run(args):
-    began, out, dims = time.perf_counter(), Path(args.out), sorted(set(args.dims))
-    out.mkdir(parents=True, exist_ok=True)
-    table = [("drift-rae", regime, d) for regime in SIGMA for d in dims]
-    table += [(m, regime, TABLE_5) for m in list(METHODS)[1:4] for regime in SIGMA if TABLE_5 in dims]
-    table += [(m, "scattered", dims[-1]) for m in ("features", "identity path")]
-    cells = [(regime, d, seed, method, args.steps, 0 if seed else FRAMES if d in dims[-2:] else 1)
-             for method, regime, d in table for seed in range(args.seeds)]
-    # cells side by side are faster than two threads on one cell, and repeat bit for bit
-    with multiprocessing.get_context("spawn").Pool(args.workers, one_thread) as pool:
-        results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
-    rows = [row for row, _ in results]
-    write_atomically(out / "two_moons.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-    pictures(out, results, dims)
-    print_table(rows)
-    print(f"{time.perf_counter() - began:.0f} s: see two_moons.png, two_moons.gif and two_moons.json in {out}")
-
-
-@exit_code
-def main(argv):
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder for table and pictures (default: out)")
-    parser.add_argument("--seeds", type=int, help="repetitions, seeds 0, 1, … (default: 3; 1 if --quick)")
-    parser.add_argument("--dims", type=int, nargs="+", metavar="D",
-                        help="widths of the space (default: 2 8 32 128 512; 2 32 128 if --quick)")
-    parser.add_argument("--steps", type=int, help="of training (default: 400; 200 if --quick)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default="out", help="folder of table and pictures (default: out)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, … (default: 3; quick: 1)")
+    parser.add_argument("--dims", type=int, nargs="+", metavar="D", default=[2, 8, 32, 128, 512],
+                        help="widths of the space (default: 2 8 32 128 512; quick: 2 32 128)")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default: 400; quick: 200)")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a coarse look: fewer seeds, widths and steps")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(seeds=1, dims=[2, 32, 128], steps=200)
     args = parser.parse_args(argv)
-    defaults = (1, [2, 32, 128], 200) if args.quick else (3, [2, 8, 32, 128, 512], 400)
-    for name, value in zip(("seeds", "dims", "steps"), defaults):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("seeds", "steps", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if min(args.dims) < 2:
-        raise UserError(f"--dims must be at least 2, the plane itself, not {min(args.dims)}")
-    run(args)
+    if min(args.dims) < 2 or min(args.seeds, args.steps, args.workers) < 1:
+        parser.error("--dims must be at least 2, the plane itself; --seeds, --steps and --workers at least 1")
+    args.out.mkdir(parents=True, exist_ok=True)
+    dims = sorted(set(args.dims))
+    table = [("drift-rae", regime, d) for regime in SIGMA for d in dims]
+    table += [(m, regime, 32) for m in list(METHODS)[1:4] for regime in SIGMA if 32 in dims]        # Table 5
+    table += [(m, "scattered", dims[-1]) for m in ("features", "identity path")]
+    cells = [(regime, d, seed, method, args.steps, (seed == 0) * (FRAMES if d in dims[-2:] else 1))
+             for method, regime, d in table for seed in range(args.seeds)]
+    deaf = (signal.SIGINT, signal.SIG_IGN)                                  # Ctrl-C is the parent's to handle
+    with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, deaf) as pool:
+        results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
+    rows = [row for row, shots in results]
+    write_atomically(args.out / "two_moons.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    pictures(args.out, {(r["regime"], r["dim"], r["method"]): shots for r, shots in results if shots}, dims)
+    print_table(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
