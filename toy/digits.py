@@ -26,8 +26,8 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (RAE, Decoder, DiTDH, ViT, build_rae, command, encode, generate, guide, ode_sample,  # noqa: E402
-                       one_step, to_uint8, train_flow, write_atomically)
+from drift_rae import (RAE, Decoder, DiTDH, ViT, build_rae, command, encode, generate, guide,  # noqa: E402
+                       load_teacher, ode_sample, one_step, to_uint8, train_flow, write_atomically)
 from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
 from toy.plot import panels  # noqa: E402
 
@@ -174,13 +174,14 @@ def print_table(rows):
               f"{m['nearest_real']:9.3f}{seconds}")
 
 
-def report(teacher, student, rae, checkpoint, cfg, began):
+def report(student, rae, checkpoint, cfg, began):
     """Print the table, write OUT/samples.png and OUT/metrics.json. drift_rae.py, begun at `began`, calls it.
 
     Every row is as many images against the same half R of the real ones: `real` is the other half,
     `reconstruction` is R through the RAE. The generators have seen both halves.
     """
     measure = Metrics(checkpoint)
+    teacher = load_teacher(cfg.teacher or Path(cfg.out, "teacher.pt")).to(cfg.device)
     samplers = {"teacher_1step": partial(one_step, teacher),
                 "teacher_50step": partial(ode_sample, teacher, steps=50),    # 50 grid points
                 "student_1step": partial(one_step, student),
@@ -189,9 +190,9 @@ def report(teacher, student, rae, checkpoint, cfg, began):
     rows = {"real": measure(*measure.others), "reconstruction": measure(images["reconstruction"], measure.labels)}
     for name, sampler in samplers.items():
         generate(sampler, rae, measure.labels[:cfg.batch_size], cfg)         # or the first would pay for the warm-up
-        began = time.perf_counter()
+        start = time.perf_counter()
         images[name] = generate(sampler, rae, measure.labels, cfg)
-        seconds = (time.perf_counter() - began) / len(measure.labels)
+        seconds = (time.perf_counter() - start) / len(measure.labels)
         rows[name] = measure(images[name], measure.labels) | {"seconds_per_image": seconds}
     print_table(rows)
     shown = torch.cat([(measure.labels == c).nonzero()[:8, 0] for c in range(10)])
