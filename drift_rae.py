@@ -100,7 +100,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, pert
     gen = at_least_float32(gen)
     x = gen.detach()
     neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)  # [C,M,D]
-    scale = torch.cdist(x, torch.cat([neg, pos], 1)).mean().clamp(min=1e-3)  # S, self-distances included
+    scale = torch.cdist(x, torch.cat([neg, pos.detach()], 1)).mean().clamp(min=1e-3)  # S
     unit = (scale / x.shape[-1] ** 0.5).clamp(min=1e-3)
     n = laplace_noise(x, generator) if perturb else torch.zeros_like(x)  # one n serves all temperatures
     field = y_softmax_field if y_softmax else drift_field
@@ -586,10 +586,8 @@ def encode(rae, images, cfg):
     return torch.cat(latents)
 
 
-def ignore_signals(worker):
-    """They may reach the whole process group: readers live on until the step is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def own_session(worker):
+    os.setsid()  # Ctrl-C or SIGTERM to the whole process group: readers live on until the step is saved
 
 
 def positives(source, labels, pairs, cfg, rae=None):
@@ -606,7 +604,7 @@ def positives(source, labels, pairs, cfg, rae=None):
         yield from (source[i] for i in indices)
     else:
         loader = DataLoader(source, batch_sampler=indices, num_workers=cfg.workers,
-                            worker_init_fn=ignore_signals)
+                            worker_init_fn=own_session)
         for pair, (images, _) in zip(pairs, loader):
             mirrored = draw(*pair)[1]
             images[mirrored] = images[mirrored].flip(2)
@@ -632,7 +630,7 @@ def load(path, build, mmap=None):
     """build(what torch.load finds in path), or one sentence on a cut, foreign or malicious file."""
     try:
         return build(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # of half a dozen kinds; torch's advice follows the first sentence
         reason = " ".join(f"{type(error).__name__}: {error}".split()).partition(". ")[0]
@@ -815,6 +813,8 @@ def parse(argv=None):
         parser.error("sampling takes --sample N and --to FILE.npz or FILE.png")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds none")
     return cfg, given
 
 

@@ -1,17 +1,13 @@
 """The embedded default: 5,000 real handwritten digits -> a tiny RAE, a flow teacher, a judge and the report.
 
-    python toy/digits.py [--out out] [--seed 0]      writes out/teacher.pt (drift_rae.py calls this by itself)
+    python toy/digits.py [--out out] [--seed 0]      writes out/teacher.pt (drift_rae.py does so by itself)
 
-What DINOv2 is to ImageNet, a small ViT trained here on the digits' own labels is to the digits: a stand-in whose
-features cluster by class. Cross-entropy alone would collapse each class to a point and leave nothing to draw
-from, so a linear reconstruction is trained with it. Then the encoder is frozen, and decoder and teacher are
-trained on its latents as in the RAE paper.
+In place of DINOv2 stands a small ViT trained here on the digits' own labels: its features cluster by class.
+Cross-entropy alone would collapse each class to a point, so a linear reconstruction is trained with it.
 
-mnist.png: MNIST, Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0; the first 500 of each class,
-grey, 28×28. Row = class, 500 tiles a row.
+mnist.png: MNIST, Y. LeCun, C. Cortes and C. J. C. Burges, CC BY-SA 3.0. Row = class, 500 tiles a row.
 """
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -33,7 +29,8 @@ from toy.plot import panels  # noqa: E402
 
 ENCODER = dict(img_size=28, patch_size=14, embed_dim=64, depth=3, num_heads=4, num_registers=4, mlp_ratio=4)
 DECODER = dict(latent_dim=64, width=128, depth=3, num_heads=4, mlp_dim=256, patch_size=14, grid=2)
-TEACHER = dict(input_size=2, in_channels=64, hidden_size=(128, 192), depth=(3, 1), num_heads=(4, 4), num_classes=10)
+TEACHER = dict(input_size=2, in_channels=64, hidden_size=(128, 192), depth=(3, 1), num_heads=(4, 4),
+               num_classes=10)
 STEPS = (400, 500, 3000)    # of encoder, decoder and teacher
 
 
@@ -67,7 +64,7 @@ def turned(images, strength=0.1):
 
 
 def make_rae(images, labels, steps):
-    """Train the encoder, freeze it, train the decoder -> what build_rae reads. images [n,3,28,28] in [0,1]."""
+    """Train the encoder, then the decoder on it -> what build_rae reads. images [n,3,28,28] in [0,1]."""
     dim, patch, n = ENCODER["embed_dim"], ENCODER["patch_size"], len(images)
     encoder, decoder = ViT(**ENCODER), Decoder(**DECODER)
     classify, reconstruct = nn.Linear(4 * dim, 10), nn.Linear(dim, patch**2)
@@ -82,12 +79,12 @@ def make_rae(images, labels, steps):
                 + 100 * F.mse_loss(reconstruct(tokens), patches))
 
     encoder.requires_grad_(True)
-    fit([*encoder.parameters(), *classify.parameters(), *reconstruct.parameters()], features, n, steps[0], 2e-3,
-        "encoder")
+    learned = [p for net in (encoder, classify, reconstruct) for p in net.parameters()]
+    fit(learned, features, n, steps[0], 2e-3, "encoder")
     with torch.no_grad():
         latents = rae.encode(images)
-    mean, var = latents.mean(0), latents.var(0)
-    rae = RAE(encoder, decoder, mean, var, input_size=28)
+        mean, var = latents.mean(0), latents.var(0)
+    rae = RAE(encoder, decoder, mean, var, input_size=28)                    # freezes them
     latents = rae.encode(images)
 
     def likelihood(i):
@@ -103,30 +100,31 @@ def make_rae(images, labels, steps):
 
 
 def judge_network():
-    """Grey images [B,1,28,28] in [0,1] -> logits [B,10]; without its last layer, the 64 features of the report."""
-    return nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GELU(), nn.Flatten(),
-                         nn.Linear(64 * 49, 64), nn.GELU(), nn.Linear(64, 10))
+    """Grey images [B,1,28,28] in [0,1] -> logits [B,10]; without the last layer, 64 features for Metrics."""
+    return nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GELU(),
+                         nn.Flatten(), nn.Linear(64 * 49, 64), nn.GELU(), nn.Linear(64, 10))
 
 
 def make_judge(steps=500):
-    """A classifier of the digits, in eval mode: the same for every --seed, so that all runs are comparable."""
-    with torch.random.fork_rng(devices=[]):                                  # the rest draws as if it were not here
+    """A classifier of the digits: the same for every --seed, so that all runs are comparable."""
+    with torch.random.fork_rng(devices=[]):             # the rest draws as if it were not here
         torch.manual_seed(0)
         images, labels = load_digits()
         grey = images.permute(0, 3, 1, 2)[:, :1] / 255
         judge = judge_network()
-        fit(judge.parameters(), lambda i: F.cross_entropy(judge(turned(grey[i])), labels[i]), len(grey), steps, 2e-3,
-            "judge", batch=128)
+        loss = lambda i: F.cross_entropy(judge(turned(grey[i])), labels[i])  # noqa: E731
+        fit(judge.parameters(), loss, len(grey), steps, 2e-3, "judge", batch=128)
     return judge.requires_grad_(False).eval()
 
 
 def make_teacher(path, seed=0, steps=STEPS):
-    """Train RAE, judge and flow teacher and write them to path, self-contained: networks, statistics, images."""
+    """Train RAE, flow teacher and judge and write them to path, with the images."""
     torch.manual_seed(seed)
     images, labels = load_digits()
     pixels = images.permute(0, 3, 1, 2) / 255
     saved = make_rae(pixels, labels, steps[:2])
-    teacher = train_flow(DiTDH(**TEACHER), build_rae(saved).encode(pixels), labels, steps[2], seed=seed)
+    latents = build_rae(saved).encode(pixels)
+    teacher = train_flow(DiTDH(**TEACHER), latents, labels, steps[2], seed=seed)
     checkpoint = {"ema": teacher.state_dict(), "images": images, "labels": labels, "rae": saved,
                   "judge": make_judge().state_dict()}
     write_atomically(Path(path), partial(torch.save, checkpoint))
@@ -135,10 +133,9 @@ def make_teacher(path, seed=0, steps=STEPS):
 class Metrics:
     """Measures images against R, every other image of the checkpoint; .others are the rest, the row `real`.
 
-    Calling it with images uint8 [n,28,28,3] and labels [n] gives a dict. Fréchet distance, precision and recall
-    (k = 3) are of the judge's features, label_accuracy is how often it sees the class that was asked for.
-    nearest_real is the median distance of pixels to the nearest image of R, over the same within R: 1 is as new as
-    data, 0 a copy. The distance is biased by the number of images: compare rows of the same number.
+    Of images uint8 [n,28,28,3] and labels [n]: fd, precision and recall (k = 3) in the judge's features;
+    label_accuracy, how often it sees the class that was asked for; nearest_real, the median distance in
+    pixels to the nearest image of R, over the same within R: 1 is as new as data, 0 a copy.
     """
 
     def __init__(self, checkpoint):
@@ -159,19 +156,19 @@ class Metrics:
     def __call__(self, images, labels):
         pixels, features, classes = self.look(images)
         precision, recall = precision_recall(self.features, features)
-        return {"fd": frechet_distance(*mean_and_covariance(features), *mean_and_covariance(self.features)),
-                "precision": precision, "recall": recall,
+        distance = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(self.features))
+        return {"fd": distance, "precision": precision, "recall": recall,
                 "label_accuracy": (classes == labels).double().mean().item(),
                 "nearest_real": (torch.cdist(pixels, self.pixels).amin(1).median() / self.spacing).item()}
 
 
 def print_table(rows):
     """rows: {name: what Metrics gives, perhaps with seconds_per_image}."""
-    print(f"\n{'':16}{'Fréchet':>9}{'prec.':>8}{'recall':>8}{'label':>8}{'nearest':>9}{'ms/image':>10}")
+    print("\n                  Fréchet    prec.   recall    label  nearest ms/image")
     for name, m in rows.items():
-        seconds = f"{1e3 * m['seconds_per_image']:10.3f}" if "seconds_per_image" in m else ""
-        print(f"{name:16}{m['fd']:9.3f}{m['precision']:8.3f}{m['recall']:8.3f}{m['label_accuracy']:8.3f}"
-              f"{m['nearest_real']:9.3f}{seconds}")
+        numbers = [m[key] for key in ("fd", "precision", "recall", "label_accuracy", "nearest_real")]
+        numbers += [1e3 * m["seconds_per_image"]] if "seconds_per_image" in m else []
+        print(f"{name:17}" + " ".join(f"{number:8.3f}" for number in numbers))
 
 
 def report(student, rae, checkpoint, cfg, began):
@@ -186,34 +183,34 @@ def report(student, rae, checkpoint, cfg, began):
                 "teacher_50step": partial(ode_sample, teacher, steps=50),    # 50 grid points
                 "student_1step": partial(one_step, student),
                 "student_guided": partial(one_step, guide(student, 0.1))}
-    images = {"real": measure.images, "reconstruction": to_uint8(rae.decode(encode(rae, measure.images, cfg)))}
-    rows = {"real": measure(*measure.others), "reconstruction": measure(images["reconstruction"], measure.labels)}
+    rebuilt = to_uint8(rae.decode(encode(rae, measure.images, cfg)))
+    images = {"real": measure.images, "reconstruction": rebuilt}
+    rows = {"real": measure(*measure.others), "reconstruction": measure(rebuilt, measure.labels)}
     for name, sampler in samplers.items():
-        generate(sampler, rae, measure.labels[:cfg.batch_size], cfg)         # or the first would pay for the warm-up
+        generate(sampler, rae, measure.labels[:cfg.batch_size], cfg)         # a warm-up, not timed
         start = time.perf_counter()
         images[name] = generate(sampler, rae, measure.labels, cfg)
         seconds = (time.perf_counter() - start) / len(measure.labels)
         rows[name] = measure(images[name], measure.labels) | {"seconds_per_image": seconds}
     print_table(rows)
     shown = torch.cat([(measure.labels == c).nonzero()[:8, 0] for c in range(10)])
-    titles = ("real", "real, through the RAE", "teacher, 1 step", "teacher, 50 grid points", "student, 1 step",
-              "student, guidance 0.1")
+    titles = ("real", "real, through the RAE", "teacher, 1 step", "teacher, 50 grid points",
+              "student, 1 step", "student, guidance 0.1")
     picture = panels({title: x[shown] for title, x in zip(titles, images.values())}, rows=10)
     write_atomically(Path(cfg.out, "samples.png"), partial(picture.save, format="PNG"))
     distilled = float(Path(cfg.out, "log.csv").read_text().rsplit(",", 1)[1])    # the last row's seconds
-    metrics = rows | {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "versions": {"torch": torch.__version__},
-                      "seconds": {"distil": distilled, "total": time.perf_counter() - began}}
-    write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    rows |= {"config": vars(cfg), "seed": cfg.seed, "versions": {"torch": torch.__version__},
+             "seconds": {"distil": distilled, "total": time.perf_counter() - began}}
+    write_atomically(Path(cfg.out, "metrics.json"), lambda f: f.write(json.dumps(rows, indent=1).encode()))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train OUT/teacher.pt: a tiny RAE, a judge, a flow teacher.")
     parser.add_argument("--out", default="out", help="folder that receives teacher.pt (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
-                        help=f"steps of encoder, decoder and teacher (default: {' '.join(map(str, STEPS))})")
+    parser.add_argument("--seed", type=int, default=0, help="of all but the judge (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs=3, default=STEPS, help="of encoder, decoder and teacher")
     args = parser.parse_args(argv)
-    if min(args.steps) < 11:                            # a tenth of them is the warm-up of the learning rate
+    if min(args.steps) < 11:    # a tenth of them is the warm-up of the learning rate
         parser.error("--steps: each at least 11")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     make_teacher(Path(args.out, "teacher.pt"), args.seed, args.steps)
