@@ -1,4 +1,5 @@
 """The method against naive float64 loops, closed forms and the official implementations' numbers."""
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -7,30 +8,46 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import drift_rae as dr
 
-GOLDEN = Path(__file__).parent / "golden"
-IMAGENET = dr.Config(**dr.PRESETS["imagenet256"])
-
 
 def golden(name):
-    return torch.load(GOLDEN / f"{name}.pt", weights_only=True)
+    return torch.load(Path(__file__).parent / "golden" / f"{name}.pt", weights_only=True)
 
 
 def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def normal(seed, *shapes):
+    g = rng(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# ---------------------------------------------------------------------------------------------- the field
+def close(a, b, tolerance=1e-4):
+    return (a - b).abs().max() < tolerance
 
 
-def naive_field(x, centre, pos, neg, tau, self_mask=True):
-    """Eq. (11), term by term. x [N,D] queries (perturbed or not); tau in latent units; one token."""
+def flat(model):
+    return nn.utils.parameters_to_vector(model.parameters())
+
+
+def tiny(classes=2, hidden=(16, 24), depth=(1, 1), heads=(2, 2), **more):
+    torch.manual_seed(0)
+    model = dr.DiTDH(2, 3, hidden, depth, heads, classes, **more)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def naive_field(x, pos, neg, tau, self_mask=True):
+    """Eq. (11), term by term, of one token. x [N,D] queries, perturbed or not; tau in latent units."""
     V = torch.zeros_like(x)
     for j in range(len(x)):
         for sign, targets in ((1, pos), (-1, neg)):
@@ -41,51 +58,48 @@ def naive_field(x, centre, pos, neg, tau, self_mask=True):
     return V
 
 
-def naive_loss(gen, pos, extra, temperatures, noise, drift_norm):
-    """Eq. (10) in Deng et al.'s units (paper.md §6); noise [C,N,D] of unit scale or None -> loss [C], scale, RMS."""
-    C, N, D = gen.shape
-    negs = torch.cat([gen, extra], 1)
-    every = [(gen[c, j] - t).norm() for c in range(C) for j in range(N) for t in torch.cat([negs[c], pos[c]])]
-    S = torch.stack(every).mean()
-    total, rms = torch.zeros_like(gen), []
+def naive_loss(gen, pos, extra, temperatures, noise):
+    """Eq. (10) in Deng et al.'s units (paper.md §6), noise [C,N,D] -> loss [C], S, raw drifts, Ṽ [C,N,D]."""
+    neg = torch.cat([gen, extra], 1)
+    S = torch.stack([(gen[c, j] - target).norm() for c in range(len(gen)) for j in range(gen.shape[1])
+                     for target in torch.cat([neg[c], pos[c]])]).mean()
+    total, raw = torch.zeros_like(gen), []
     for tau in temperatures:
-        x = gen if noise is None else gen + tau * S * noise
-        V = torch.stack([naive_field(x[c], gen[c], pos[c], negs[c], tau * S) for c in range(C)])
-        rms.append((V.square().sum(-1).mean().sqrt() / S).item())
-        V = V * D**0.5 / S
-        total += V / (V.square().mean() if drift_norm == "batch" else V.square().mean(-1, keepdim=True)).sqrt()
-    return total.square().mean((1, 2)), S, rms, total
+        x = gen + tau * S * noise
+        V = torch.stack([naive_field(*tensors, tau * S) for tensors in zip(x, pos, neg)])
+        raw.append((V.square().sum(-1).mean().sqrt() / S).item())
+        total += V / V.square().mean().sqrt()
+    return total.square().mean((1, 2)), S, raw, total
 
 
-SIZES = [(1, 2, 3, 0, 1), (2, 5, 4, 3, 7), (3, 4, 9, 6, 16), (9, 3, 2, 1, 5)]  # C, N, P, E, D
+SIZES = [(1, 2, 3, 0, 1), (2, 5, 4, 3, 7), (3, 4, 9, 6, 16), (1, 28, 27, 3, 5)]  # C, N, P, E, D
 
 
 @pytest.mark.parametrize("C,N,P,E,D", SIZES)
 @pytest.mark.parametrize("noisy,self_mask", [(False, True), (True, True), (True, False)])
 def test_field_is_eq_11(C, N, P, E, D, noisy, self_mask):
-    g = rng(C + N)
-    x, pos, extra = (torch.randn(C, n, D, generator=g, dtype=torch.float64) for n in (N, P, E))
-    noise = 0.3 * torch.randn(C, N, D, generator=g, dtype=torch.float64) if noisy else None
-    neg = torch.cat([x, extra], 1)
-    V = dr.drift_field(x, pos, neg, 0.2, 1.7, noise=noise, self_mask=self_mask)
-    query = x + noise if noisy else x
-    expected = torch.stack([naive_field(query[c], x[c], pos[c], neg[c], 0.34, self_mask) for c in range(C)])
-    assert (V - expected).abs().max() < (1e-9 if self_mask else 2e-4)  # a distance of 0 is clipped at 1e-4
+    x, pos, extra, noise = normal(C + N, (C, N, D), (C, P, D), (C, E, D), (C, N, D))
+    noise, neg = 0.3 * noise * noisy, torch.cat([x, extra], 1)
+    expected = torch.stack([naive_field(*tensors, 0.34, self_mask) for tensors in zip(x + noise, pos, neg)])
+    V = dr.drift_field(x, pos, neg, 0.2, 1.7, noise=noise if noisy else None, self_mask=self_mask)
+    assert (V - expected).abs().max() < 1e-9
+    single = [t.float() for t in (x, pos, neg)]
+    V = dr.drift_field(*single, 0.2, 1.7, noise=noise.float(), self_mask=self_mask)
+    assert (V - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("C,N,P,E,D", SIZES)
-@pytest.mark.parametrize("perturb,drift_norm", [(False, "batch"), (True, "batch"), (True, "sample")])
-def test_loss_is_eq_10(C, N, P, E, D, perturb, drift_norm):
-    g, taus = rng(7 * N), (0.05, 0.2)
-    gen, pos, extra = (torch.randn(C, n, D, generator=g, dtype=torch.float64) for n in (N, P, E))
-    noise = (dr.perturb(gen, torch.ones(1, 1, 1), rng(5))[:, 0] - gen) if perturb else None
-    expected, S, rms, total = naive_loss(gen, pos, extra, taus, noise, drift_norm)
+@pytest.mark.parametrize("perturb", [False, True])
+def test_loss_is_eq_10(C, N, P, E, D, perturb):
+    gen, pos, extra = normal(7 * N, (C, N, D), (C, P, D), (C, E, D))
+    taus, noise = (0.05, 0.1, 0.2), dr.laplace_noise(gen, rng(5)) * perturb
+    expected, S, raw, total = naive_loss(gen, pos, extra, taus, noise)
     gen.requires_grad_()
-    loss, info = dr.drift_loss(gen, pos, extra, taus, perturb=perturb, drift_norm=drift_norm, generator=rng(5))
+    loss, info = dr.drift_loss(gen, pos, extra if E else None, taus, perturb=perturb, generator=rng(5))
     loss.sum().backward()
-    assert relative(loss, expected) < 1e-4 and abs(info["scale"] / S - 1) < 1e-4
-    assert [info[f"drift_{t}"].item() for t in taus] == pytest.approx(rms, rel=1e-4)
-    assert relative(gen.grad, -2 * total * D**0.5 / S / (N * D)) < 1e-4  # descent moves G along Ṽ
+    assert relative(loss, expected) < 1e-6 and abs(info["scale"] / S - 1) < 1e-9
+    assert [info[f"drift_{t}"].item() for t in taus] == pytest.approx(raw, rel=1e-6)
+    assert relative(gen.grad, -2 * total * D**0.5 / S / (N * D)) < 1e-6     # descent moves G along Ṽ
 
 
 @pytest.mark.parametrize("case", ["plain", "with_neg", "close"])
@@ -97,187 +111,150 @@ def test_loss_is_the_released_baseline(case):
     loss.sum().backward()
     assert relative(loss, ref["loss"]) < 1e-4 and relative(gen.grad, ref["grad"]) < 1e-4
     assert info["scale"].item() == pytest.approx(ref["info"]["scale"], rel=1e-4)
-    for tau in g["R_list"]:  # the released code logs the mean square of the force
+    for tau in g["R_list"]:     # the released code logs the mean square of the force
         assert info[f"drift_{tau:g}"].item() ** 2 == pytest.approx(ref["info"][f"loss_{tau}"], rel=1e-4)
 
 
-@pytest.mark.parametrize("power", [1, 2])
-def test_weights_are_the_gradient_of_the_log_density_ratio(power):
-    """Prop. 1: ∇ log q̂/p̂ = (l/τ)·V_l for the kernel exp(−‖x‖^l/τ), by autograd."""
-    g, tau = rng(3), 0.7
-    x, pos, neg = (torch.randn(1, n, 6, generator=g, dtype=torch.float64) for n in (5, 8, 9))
-    x.requires_grad_()
-    log_q, log_p = (torch.logsumexp(-torch.cdist(x, y) ** power / tau, -1) for y in (pos, neg))
-    (grad,) = torch.autograd.grad((log_q - log_p).sum(), x)
-    x, targets = x.detach(), torch.cat([neg, pos], 1)
-    dist = dr.distances(x, targets)
-    w = dr.signed_weights(-(dist**power) / tau, 9, self_mask=False)
-    away = targets.unsqueeze(1) - x.unsqueeze(2)                            # [1,N,K,D]
-    V = (w.unsqueeze(-1) * away * dist.unsqueeze(-1) ** (power - 2)).sum(2)
-    assert torch.allclose(grad, power / tau * V, atol=1e-9)
+def test_weights_are_the_gradient_of_the_log_density_ratio():
+    """Prop. 1 at l = 1, perturbed queries, k ≠ j: ∇ log q̂/p̂ = Σ w·(target − query)/‖target − query‖ / τ.
+    One more coordinate for each target, 1e-6 there and 0 elsewhere, reads its weight off the field.
+    """
+    (x, pos, extra, noise), tau, tick = normal(3, (5, 6), (8, 6), (4, 6), (5, 6)), 0.7, 1e-6
+    targets = torch.cat([x, extra, pos])                                    # 9 negatives, 8 positives
+    query = (x + 0.3 * noise).requires_grad_()
+    logits = -torch.cdist(query, targets, compute_mode="donot_use_mm_for_euclid_dist") / tau
+    logits = logits.masked_fill(torch.eye(5, 17, dtype=torch.bool), -torch.inf)
+    log_ratio = logits[:, 9:].logsumexp(1) - logits[:, :9].logsumexp(1)
+    (gradient,) = torch.autograd.grad(log_ratio.sum(), query)
+    wide = torch.cat([targets, tick * torch.eye(17, dtype=torch.float64)], 1).unsqueeze(0)
+    shift = torch.cat([0.3 * noise, -wide[0, :5, 6:]], 1).unsqueeze(0)       # queries have 0 there
+    V = dr.drift_field(wide[:, :5], wide[:, 9:], wide[:, :9], tau, 1.0, noise=shift)[0]
+    w, away = V[:, 6:] / tick, targets - query.detach().unsqueeze(1)        # [5,17] and [5,17,6]
+    expected = (w.unsqueeze(-1) * away / away.norm(dim=-1, keepdim=True)).sum(1) / tau
+    assert (gradient - expected).abs().max() < 1e-8
+    assert (w[:, :9].sum(1) + 1).abs().max() < 1e-8 and (w[:, 9:].sum(1) - 1).abs().max() < 1e-8
 
 
 def test_field_vanishes_in_the_mean_when_the_distributions_agree():
-    def mean_field(shift):
-        V = []
-        for seed in range(200):
-            g = rng(seed)
-            x, pos = torch.randn(4, 16, 2, generator=g), torch.randn(4, 15, 2, generator=g) + shift
-            V.append(dr.drift_field(x, pos, x, 0.2, 2.0).mean((0, 1)))
-        V = torch.stack(V)
-        return V.mean(0).abs().max(), V.std(0).max() / 200**0.5
-    mean, error = mean_field(0.0)
-    assert mean < 4 * error
-    mean, error = mean_field(0.3)
-    assert mean > 10 * error
+    x, pos = normal(0, (1000, 16, 2), (1000, 15, 2))
+    for shift, low, high in ((0.0, 0, 4), (0.3, 10, 1000)):
+        V = dr.drift_field(x, pos + shift, x, 0.2, 2.0).mean(1)
+        assert low <= V.mean(0).abs().max() / V.std(0).max() * 1000**0.5 < high     # in standard errors
 
 
 def test_field_is_equivariant():
-    g = rng(0)
-    x, pos, extra, noise = (torch.randn(3, n, 5, generator=g, dtype=torch.float64) for n in (6, 7, 4, 6))
-    field = lambda x, pos, extra, noise: dr.drift_field(x, pos, torch.cat([x, extra], 1), 0.1, 3.0, noise=noise)
-    V = field(x, pos, extra, noise)
-    Q = torch.linalg.qr(torch.randn(5, 5, generator=g, dtype=torch.float64))[0]
-    assert torch.allclose(field(x + 2, pos + 2, extra + 2, noise), V, atol=1e-9)
-    assert torch.allclose(field(x @ Q, pos @ Q, extra @ Q, noise @ Q), V @ Q, atol=1e-9)
-    order = torch.randperm(6, generator=g)
-    assert torch.allclose(field(x[:, order], pos.flip(1), extra.flip(1), noise[:, order]), V[:, order], atol=1e-9)
+    x, pos, extra, noise, q = normal(0, (3, 6, 5), (3, 7, 5), (3, 4, 5), (3, 6, 5), (5, 5))
+    field = lambda x, pos, extra, n: dr.drift_field(x, pos, torch.cat([x, extra], 1), 0.1, 3.0, noise=n)
+    V, Q, order = field(x, pos, extra, noise), torch.linalg.qr(q)[0], [3, 0, 5, 1, 4, 2]
+    assert close(field(x + 2, pos + 2, extra + 2, noise), V, 1e-9)
+    assert close(field(x @ Q, pos @ Q, extra @ Q, noise @ Q), V @ Q, 1e-9)
+    assert close(field(x[:, order], pos.flip(1), extra.flip(1), noise[:, order]), V[:, order], 1e-9)
 
 
-def test_negatives_and_positives_get_no_gradient():
-    g = rng(1)
-    gen, pos, extra = (torch.randn(2, n, 3, generator=g, requires_grad=True) for n in (4, 5, 6))
-    loss, _ = dr.drift_loss(gen, pos, extra, generator=rng(0))
+@pytest.mark.parametrize("baseline", [False, True])
+def test_negatives_and_positives_get_no_gradient(baseline):
+    gen, pos, extra = (t.requires_grad_() for t in normal(1, (2, 4, 3), (2, 5, 3), (2, 6, 3)))
+    loss, _ = dr.drift_loss(gen, pos, extra, y_softmax=baseline, generator=rng(0))
     loss.sum().backward()
     assert extra.grad is None and pos.grad is None and gen.grad.abs().sum() > 0
-    other, _ = dr.drift_loss(gen, pos, extra + 1, generator=rng(0))
-    assert not torch.equal(loss, other)  # and yet they count
+    for p, e in ((pos + 1, extra), (pos, extra + 1)):   # and yet they count
+        assert not torch.equal(loss, dr.drift_loss(gen, p, e, y_softmax=baseline, generator=rng(0))[0])
 
 
 def test_perturbation_is_laplace_in_norm_and_uniform_in_direction():
-    x = torch.zeros(2, 4000, 3)
-    n = dr.perturb(x, torch.tensor([1.0, 0.5]).view(2, 1, 1), rng(0))       # [2,T,4000,3]
-    assert torch.equal(n[:, 1], 0.5 * n[:, 0])
-    n = n[:, 0].flatten(0, 1)
-    assert stats.kstest(n.norm(dim=1).numpy(), "expon").pvalue > 1e-3       # |Laplace(0,1)| is Exp(1)
-    for axis in (n / n.norm(dim=1, keepdim=True)).T.numpy():               # on S², each coordinate is uniform
+    n = dr.laplace_noise(torch.zeros(2, 4000, 3), rng(0)).flatten(0, 1)
+    assert stats.kstest(n.norm(dim=1).numpy(), "expon").pvalue > 1e-3       # |Laplace(0, 1)| is Exp(1)
+    for axis in (n / n.norm(dim=1, keepdim=True)).T.numpy():                # on S² coordinates are uniform
         assert stats.kstest(axis, "uniform", (-1, 2)).pvalue > 1e-3
 
 
-def test_loss_refuses_shapes_that_do_not_belong_together():
-    with pytest.raises(ValueError, match="pos"):
-        dr.drift_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
-    with pytest.raises(ValueError, match="two generated"):
-        dr.drift_loss(torch.zeros(2, 1, 4), torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match="begin with the rows of x"):
-        dr.drift_field(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), 0.1, 1.0)
-    with pytest.raises(ValueError, match="drift_norm"):
-        dr.drift_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), drift_norm="no")
-
-
 def test_field_stays_in_float32_under_autocast():
-    g = rng(2)
-    gen, pos = torch.randn(2, 8, 16, generator=g), torch.randn(2, 8, 16, generator=g)
-    plain, _ = dr.drift_loss(gen, pos, perturb=False)
+    gen, pos = (t.float() for t in normal(2, (2, 8, 16), (2, 8, 16)))
+    low, plain = gen.bfloat16(), dr.drift_loss(gen, pos, perturb=False)[0]
+    expected = dr.drift_field(low.float(), pos, low.float(), 0.1, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = dr.drift_loss(gen, pos, perturb=False)
-        field = dr.drift_field(gen.bfloat16(), pos, gen.bfloat16(), 0.1, 5.0)
-    assert torch.equal(plain, cast)
-    assert torch.equal(field, dr.drift_field(gen.bfloat16().float(), pos, gen.bfloat16().float(), 0.1, 5.0))
+        assert torch.equal(dr.drift_loss(gen, pos, perturb=False)[0], plain)
+        assert torch.equal(dr.drift_field(low, pos, low, 0.1, 5), expected)
 
 
-# ------------------------------------------------------------------------------------- networks and sampler
+def windows(x, w):
+    """tokens(), cut by hand."""
+    return torch.stack([x[:, :, i:i + w, j:j + w].reshape(len(x), -1)
+                        for i in range(0, x.shape[2], w) for j in range(0, x.shape[3], w)])
 
 
-def test_ditdh_matches_the_official_one():
-    g = golden("ditdh")
-    model = dr.DiTDH.from_state_dict(g["state_dict"]).eval()
-    with torch.no_grad():
-        assert (model(g["x"], g["t"], g["y"]) - g["out"]).abs().max() < 1e-4
-    c, sd = g["config"], g["state_dict"]
-    fresh = dr.DiTDH(*(c[k] for k in ("input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")))
-    for key in ("pos_embed", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"):
-        assert torch.allclose(fresh.state_dict()[key], sd[key], atol=1e-6)
+def test_tokens_are_windows():
+    x = torch.arange(2 * 3 * 36.0).view(2, 3, 6, 6)
+    assert dr.tokens(x).shape == (36, 2, 3) and torch.equal(dr.tokens(x)[7], x[:, :, 1, 1])
+    assert all(torch.equal(dr.tokens(x, w), windows(x, w)) for w in (1, 2, 3))
+    with pytest.raises(ValueError, match="window of 4 does not divide"):
+        dr.tokens(x, 4)
 
 
-def test_sampler_matches_the_official_one():
-    g = golden("ode")
-    model = dr.DiTDH.from_state_dict(g["state_dict"]).eval()
-    for steps in (10, 50):
-        out = dr.ode_sample(model, g["z"], g["y"], steps, g["shift"])
-        assert (out - g[f"samples_{steps}"]).abs().max() < 1e-4
-    out = dr.ode_sample(model, g["z"], g["y"], 10, g["shift"], g["cfg_scale"], g["cfg_interval"])
-    assert (out - g["samples_10_cfg"]).abs().max() < 1e-4
+class Optimizer(torch.optim.SGD):
+    """Notes the gradients; its step adds 1 to each weight."""
+    @torch.no_grad()
+    def step(self):
+        params = self.param_groups[0]["params"]
+        self.gradient = torch.cat([p.grad.flatten() for p in params])
+        for p in params:
+            p.add_(1)
 
 
-def test_guidance_acts_inside_its_interval_only():
-    g = golden("ditdh")
-    model, n = dr.DiTDH.from_state_dict(g["state_dict"]).eval(), len(g["x_cfg"]) // 2
-    lo, hi = g["cfg_interval_2"]
-    for i, t in enumerate(g["t_cfg"][:n].tolist()):     # one Euler step away from t, by hand
-        x, y = g["x_cfg"][i:i + 1], g["y_cfg"][i:i + 1]
-        with torch.no_grad():
-            v, null = (model(x, torch.tensor([t]), c) for c in (y, torch.tensor([7])))
-        guided = null + g["cfg_scale"] * (v - null) if lo <= t <= hi else v
-        assert torch.allclose(guided, g["out_cfg_interval_2"][i:i + 1], atol=1e-4)
-    z, y, seen = g["x"][:1], g["y"][:1], []
-    model.register_forward_pre_hook(lambda m, args: seen.append((args[1].item(), args[2].item())))
-    dr.ode_sample(model, z, y, 6, cfg_scale=2.0, cfg_interval=(0.3, 0.7))
-    assert [t for t, c in seen if c == 7] == [t for t, c in seen if c != 7 and 0.3 <= t <= 0.7] != []
+def test_a_step_is_the_gradient_of_naive_loops():
+    """Two classes, two windows: from z, the step's own, to clipped gradient and average, in float64."""
+    cfg = dr.Config(device="cpu", seed=4, steps=10, n_class=2, n_pos=4, n_neg=3, n_extra_neg=2,
+                    windows=(1, 2), temperatures=(0.05, 0.2), ema=0.9, ema_warmup=4)
+    model, step = tiny(), 2
+    batch = [(c, pos.float()) for c, pos in zip((1, 0), normal(1, (4, 3, 2, 2), (4, 3, 2, 2)))]
+    exact = copy.deepcopy(model).double()
+    for c, pos in batch:
+        g = rng(int(np.random.default_rng([4, step, c + 1, 0]).integers(2**63)))
+        z = torch.randn(5, 3, 2, 2, generator=g).double()
+        gen, extra = (z - exact(z, torch.ones(5), torch.tensor([c] * 5))).split([3, 2])
+        loss = 0
+        for w in (1, 2):
+            x = windows(gen, w)
+            _, S, _, drift = naive_loss(x.detach(), windows(pos.double(), w), windows(extra.detach(), w),
+                                        cfg.temperatures, dr.laplace_noise(x.detach().float(), g).double())
+            unit = S / x.shape[-1] ** 0.5
+            loss = loss + (x / unit - (x / unit + drift).detach()).square().mean()
+        (loss / 2).backward()                                               # of 2 classes
+    ema, optimizer = copy.deepcopy(model).requires_grad_(False), Optimizer(model.parameters())
+    before = flat(model)
+    log, norm = dr.train_step(model, ema, optimizer, batch, step, cfg)
+    expected = torch.cat([p.grad.flatten() for p in exact.parameters()])
+    assert abs(norm / expected.norm() - 1) < 1e-4 and norm > 1.1
+    assert relative(optimizer.gradient, expected / norm) < 1e-4             # clipped at 1
+    decay = 0.5 * (0.9 / 0.5) ** (step / 4)
+    assert close(flat(ema), decay * before + (1 - decay) * (before + 1), 1e-6)      # after the step
+    assert all(p.grad is None for p in model.parameters())
+    assert set(log) == {"scale", "drift_0.05", "drift_0.2", "loss"}         # sums over the classes
+    with pytest.raises(ValueError, match="NaN or infinite at step 2"):
+        dr.train_step(model, ema, optimizer, [(0, torch.full((4, 3, 2, 2), torch.nan))], step, cfg)
+    assert close(flat(model), before + 1, 1e-6)                             # the weights did not move again
 
 
-def test_encoder_matches_the_official_one():
-    g = golden("dinov2_reg_native")
-    vit = dr.ViT(*(g["config"][k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
-    vit.load_state_dict(g["state_dict"])
-    with torch.no_grad():
-        assert (vit(g["pixel_values"]) - g["tokens"]).abs().max() < 1e-4            # 98 -> 56: interpolated
-        assert (vit(g["pixel_values_full"]) - g["tokens_full"]).abs().max() < 1e-4
+IMAGENET = dr.Config(**dr.PRESETS["imagenet256"], device="cpu")
 
 
-def test_decoder_and_rae_match_the_official_ones():
-    g = golden("decoder")
-    decoder = dr.Decoder.from_official(g["state_dict"], num_heads=4)
-    with torch.no_grad():
-        assert (decoder(g["latents"]) - g["image"]).abs().max() < 1e-4
-    assert torch.allclose(dr.Decoder(32, 48, 3, 4, 96, 4, 4).pos_embed, decoder.pos_embed, atol=1e-6)
-    g = golden("rae")
-    encoder = dr.ViT(98, 14, 32, 3, 4)
-    encoder.load_state_dict(g["encoder_state_dict_native"])
-    decoder = dr.Decoder.from_official(g["decoder_state_dict"], 4)
-    rae = dr.RAE(encoder, decoder, g["stats"]["mean"], g["stats"]["var"], g["config"]["encoder_input_size"])
-    for image, latent in (("image", "latent"), ("image_noresize", "latent_noresize")):
-        z = rae.encode(g[image])
-        assert ((z - g[latent]).abs().amax((0, 2, 3)) / g[latent].abs().amax((0, 2, 3))).max() < 1e-3
-    assert (rae.decode(g["latent"]) - g["reconstruction"]).abs().max() < 1e-4
-    assert (rae.decode(g["latent_random"]) - g["decoded_random"]).abs().max() < 1e-4
-    assert not any(p.requires_grad for p in rae.parameters())
+@pytest.mark.parametrize("step,lr,decay", [(0, 3e-5, 0.5), (500, 2.8515e-5, math.sqrt(0.5 * 0.9995)),
+                                           (1000, 2.703e-5, 0.9995), (9999, 3.0297e-7, 0.9995)])
+def test_schedules_are_table_8(step, lr, decay):
+    model = tiny()
+    nn.utils.vector_to_parameters(torch.zeros_like(flat(model)), model.parameters())
+    ema, optimizer = copy.deepcopy(model).requires_grad_(False), Optimizer(model.parameters())
+    cfg = dataclasses.replace(IMAGENET, dtype="fp32", n_class=1, n_neg=4, n_extra_neg=0)
+    dr.train_step(model, ema, optimizer, [(0, torch.ones(4, 3, 2, 2))], step, cfg)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6)
+    assert flat(ema).numpy() == pytest.approx(1 - decay, rel=1e-5)          # the weights went from 0 to 1
 
 
-@pytest.mark.parametrize("hidden,depth,heads,ratio", [((32, 64), (3, 1), (4, 2), 4.0), ((64, 32), (1, 4), (2, 4), 8 / 3),
-                                                      ((48, 48), (3, 2), (4, 4), 2.5), ((24, 40), (2, 2), (2, 5), 3.3)])
-def test_sizes_are_read_off_the_tensors(hidden, depth, heads, ratio):
-    torch.manual_seed(0)
-    model = dr.DiTDH(3, 5, hidden, depth, heads, 11, ratio).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    x, t, y = torch.randn(2, 5, 3, 3), torch.rand(2), torch.tensor([3, 11])
-    again = dr.DiTDH.from_state_dict(model.state_dict()).eval()
-    assert again.depth == depth and again.num_classes == 11
-    assert torch.equal(model(x, t, y), again(x, t, y))
-
-
-def test_labels_are_dropped_in_training_only():
-    torch.manual_seed(0)
-    model = dr.DiTDH(2, 3, (16, 24), (1, 1), (2, 2), 4, class_dropout_prob=1.0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    x, t, y, null = torch.randn(2, 3, 2, 2), torch.rand(2), torch.tensor([0, 1]), torch.tensor([4, 4])
-    assert torch.equal(model.train()(x, t, y), model.eval()(x, t, null))
-    assert not torch.allclose(model(x, t, y), model(x, t, null))
-
-
-# ------------------------------------------------------------------------------ flow, student and schedules
+def test_imagenet_preset_is_table_8():
+    c = IMAGENET
+    assert (c.n_class, c.n_pos, c.n_neg, c.n_extra_neg, c.steps) == (32, 256, 64, 192, 10_000)
+    assert (c.lr, c.ema, c.ema_warmup, c.temperatures) == (3e-5, 0.9995, 1000, (0.02, 0.05, 0.2))
+    assert c.windows == (1,) and c.perturb and not c.y_softmax and c.flip and c.dtype == "bf16"
 
 
 def test_flow_matching_loss_is_eq_4():
@@ -287,40 +264,106 @@ def test_flow_matching_loss_is_eq_4():
     assert dr.flow_matching_loss(exact, latents, None, generator=rng(1)) < 1e-6
     zero = dr.flow_matching_loss(lambda x, t, y: torch.zeros_like(x), latents, None, generator=rng(1))
     assert zero.item() == pytest.approx(1 + latents.square().mean().item(), rel=0.1)
-    times = []
-    dr.flow_matching_loss(lambda x, t, y: times.append(t) or x, torch.zeros(20000, 1, 1, 1), None, 3.0, rng(2))
-    u = torch.linspace(0, 1, 20001)[:-1]
+    times, u = [], torch.linspace(0, 1, 20001)[:-1]
+    note = lambda x, t, y: times.append(t) or x
+    dr.flow_matching_loss(note, torch.zeros(20000, 1, 1, 1), None, 3.0, rng(2))
     assert abs(times[0].mean() - (3 * u / (1 + 2 * u)).mean()) < 0.01
 
 
 def test_one_step_is_eq_8():
-    seen = {}
-    def velocity(z, t, y):
-        seen["t"] = t
-        return 0.25 * z
-    z = torch.randn(3, 2, 2, 2)
-    assert torch.allclose(dr.one_step(velocity, z, torch.zeros(3)), 0.75 * z) and torch.equal(seen["t"], torch.ones(3))
+    z, seen = torch.randn(3, 2, 2, 2), []
+    assert torch.equal(dr.one_step(lambda *args: seen.extend(args) or 0.25 * z, z, "y"), 0.75 * z)
+    assert seen[0] is z and torch.equal(seen[1], torch.ones(3)) and seen[2] == "y"
 
 
-@pytest.mark.parametrize("step,lr,ema", [
-    (0, 3e-5, 0.5), (500, 2.8515e-5, math.sqrt(0.5 * 0.9995)), (1000, 2.703e-5, 0.9995), (9999, 3.0297e-7, 0.9995)])
-def test_schedules_are_table_8(step, lr, ema):
-    assert dr.learning_rate(step, IMAGENET) == pytest.approx(lr, rel=1e-6)
-    assert dr.ema_decay(step, IMAGENET) == pytest.approx(ema, rel=1e-9)
-    assert dr.ema_decay(2000, dataclasses.replace(IMAGENET, ema_warmup=1)) == 0.9995
+def test_teacher_and_student_learn_two_points(tmp_path):
+    centre, noise, z = (t.float() for t in normal(0, (3, 2, 2), (128, 3, 2, 2), (128, 3, 2, 2)))
+    labels = torch.arange(2).repeat_interleave(64)
+    sign = (1 - 2 * labels).view(-1, 1, 1, 1)
+    latents = sign * centre + 0.1 * noise
+    away = lambda samples: ((samples - sign * centre).flatten(1).norm(dim=1) / centre.norm()).mean()
+    train = lambda model, steps, **how: dr.train_flow(model, latents, labels, steps, **how)
+    torch.manual_seed(0)
+    model = dr.DiTDH(2, 3, (32, 32), (1, 1), (2, 2), 2)
+    nn.init.normal_(model.y_embedder["embedding_table"].weight)             # classes that differ at once
+    teacher = train(model, 100, batch_size=32, lr=2e-2, decay=0.9)
+    assert not teacher.training and away(dr.ode_sample(teacher, z, labels, 20)) < 0.5
+    assert dr.flow_matching_loss(teacher, latents, labels, generator=rng(1)) < 0.5      # at first 2.1
+    cfg = dr.Config(device="cpu", out=str(tmp_path), steps=25, n_class=2, n_pos=16, n_neg=16, n_extra_neg=16,
+                    lr=5e-3, ema=0.8, ema_warmup=10)
+    student = dr.distil(copy.deepcopy(teacher).requires_grad_().train(), latents, labels.numpy(), cfg)
+    with torch.no_grad():
+        assert away(dr.one_step(student, z, labels)) < 0.8 * away(dr.one_step(teacher, z, labels))
+    assert not student.training and not any(p.requires_grad for p in student.parameters())
+    a, b, c = (flat(train(tiny(), 3, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    for decay in (0.0, 0.9):    # the average, taken after the step
+        assert torch.equal(flat(train(model := tiny(), 3, decay=decay)), flat(model)) == (decay == 0)
 
 
-def test_imagenet_preset_is_table_8():
-    c = IMAGENET
-    assert (c.n_class, c.n_pos, c.n_neg, c.n_extra_neg, c.steps) == (32, 256, 64, 192, 10_000)
-    assert c.temperatures == (0.02, 0.05, 0.2) and c.grad_clip == 1.0 and c.perturb and not c.y_softmax
-    assert c.shift == pytest.approx(math.sqrt(16 * 16 * 768 / 4096))
+@torch.no_grad()
+def test_ditdh_and_sampler_match_the_official_ones():
+    g = golden("ditdh")
+    model, c = dr.DiTDH.from_state_dict(g["state_dict"]).eval(), g["config"]
+    assert close(model(g["x"], g["t"], g["y"]), g["out"])
+    names = ("input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    fresh = dr.DiTDH(*(c[name] for name in names)).state_dict()
+    for key in ("pos_embed", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"):
+        assert close(fresh[key], g["state_dict"][key], 1e-6)
+    seen, ode = [], golden("ode")   # guidance acts inside its interval only
+    model.register_forward_pre_hook(lambda m, args: seen.append((args[1][0].item(), args[2][0].item())))
+    dr.ode_sample(model, g["x"][:1], g["y"][:1], 6, cfg_scale=2.0, cfg_interval=(0.3, 0.7))
+    assert [t for t, y in seen if y == 7] == [t for t, y in seen if y != 7 and 0.3 <= t <= 0.7] != []
+    model = dr.DiTDH.from_state_dict(ode["state_dict"]).eval()
+    for steps in (10, 50):
+        assert close(dr.ode_sample(model, ode["z"], ode["y"], steps, ode["shift"]), ode[f"samples_{steps}"])
+    guided = dr.ode_sample(model, ode["z"], ode["y"], 10, ode["shift"], ode["cfg_scale"], ode["cfg_interval"])
+    assert close(guided, ode["samples_10_cfg"])
 
 
-def test_center_crop_is_square_and_keeps_the_middle():
-    from PIL import Image
-    wide = np.zeros((40, 100, 3), np.uint8)
-    wide[:, 50:] = 255
-    out = np.asarray(dr.center_crop(Image.fromarray(wide), 8))
-    assert out.shape == (8, 8, 3) and out[:, :3].max() == 0 and out[:, 5:].min() == 255
-    assert dr.center_crop(Image.new("RGB", (5, 9)), 8).size == (8, 8)
+@torch.no_grad()
+def test_autoencoder_matches_the_official_one():
+    g = golden("dinov2_reg_native")
+    vit = dr.ViT(*(g["config"][k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
+    vit.load_state_dict(g["state_dict"])
+    assert close(vit(g["pixel_values"]), g["tokens"])                       # 98 -> 56: interpolated
+    assert close(vit(g["pixel_values_full"]), g["tokens_full"])
+    g = golden("decoder")
+    decoder = dr.Decoder.from_official(g["state_dict"], num_heads=4)
+    assert close(decoder(g["latents"]), g["image"])
+    assert close(dr.Decoder(32, 48, 3, 4, 96, 4, 4).pos_embed, decoder.pos_embed, 1e-6)
+    g = golden("rae")
+    encoder = dr.ViT(98, 14, 32, 3, 4)
+    encoder.load_state_dict(g["encoder_state_dict_native"])
+    decoder = dr.Decoder.from_official(g["decoder_state_dict"], 4)
+    args = encoder, decoder, g["stats"]["mean"], g["stats"]["var"], g["config"]["encoder_input_size"]
+    rae = dr.RAE(*args)
+    for image, latent in (("image", "latent"), ("image_noresize", "latent_noresize")):
+        error = (rae.encode(g[image]) - g[latent]).abs().amax((0, 2, 3))
+        assert (error / g[latent].abs().amax((0, 2, 3))).max() < 1e-3
+    assert close(rae.decode(g["latent"]), g["reconstruction"])
+    assert close(rae.decode(g["latent_random"]), g["decoded_random"])
+    assert not any(p.requires_grad for p in rae.parameters())
+    logistic = 1 / (1 + torch.exp(3 - 6 * g["reconstruction"]))
+    assert close(dr.RAE(*args, sigmoid=True).decode(g["latent"]), logistic)
+
+
+@pytest.mark.parametrize("hidden,depth,heads,ratio", [
+    ((32, 64), (3, 1), (4, 2), 4.0), ((64, 32), (1, 4), (2, 4), 8 / 3), ((48, 48), (3, 2), (4, 4), 2.5),
+    ((24, 40), (2, 2), (2, 5), 3.3)])
+def test_sizes_are_read_off_the_tensors(hidden, depth, heads, ratio):
+    model = tiny(11, hidden, depth, heads, mlp_ratio=ratio)
+    x, t, y = torch.randn(2, 3, 2, 2), torch.rand(2), torch.tensor([3, 11])
+    again = dr.DiTDH.from_state_dict(model.state_dict()).eval()
+    assert again.depth == depth and again.num_classes == 11 and torch.equal(model(x, t, y), again(x, t, y))
+
+
+def test_labels_are_dropped_in_training_only_and_guide_extrapolates_them():
+    model, x, t = tiny(4, class_dropout_prob=1.0), torch.randn(2, 3, 2, 2), torch.rand(2)
+    y, null = torch.tensor([0, 1]), torch.tensor([4, 4])
+    assert torch.equal(model.train()(x, t, y), model.eval()(x, t, null))
+    assert not close(model(x, t, y), model(x, t, null))
+    table = lambda model: model.y_embedder["embedding_table"].weight.detach()
+    before, after = table(model).clone(), table(dr.guide(model, 0.3))
+    assert close(after[:4], 1.3 * before[:4] - 0.3 * before[4], 1e-6) and torch.equal(after[4], before[4])
+    assert torch.equal(table(model), before) and torch.equal(flat(dr.guide(model, 0.0)), flat(model))

@@ -1,327 +1,300 @@
-"""Do the paper's modifications help? Its ablations on the digits, each difference tested over paired seeds.
+"""Do the paper's modifications help? §4's tables on the digits, each difference tested over paired seeds.
 
-    python toy/ablation.py                          all rows, 5 seeds: tables, out/ablation.json, out/ablation.png
-    python toy/ablation.py --rows 3 late --seeds 8  two tables; the same command goes on where it was interrupted
-    python toy/ablation.py --quick                  Tables 3 and 5 with 3 seeds and few steps
-    python toy/ablation.py --markdown               the tables from out/ablation.json; nothing is run
+    python toy/ablation.py                     all tables -> OUT/ablation.json, ablation.png, guidance.png
+    python toy/ablation.py --rows 3 late       two tables; the same command goes on where it was interrupted
+    python toy/ablation.py --quick             Tables 3 and 5, 2 seeds, few steps
+    python toy/ablation.py --markdown          the tables from OUT/ablation.json; nothing is run
 
-One teacher for all rows; the seeds vary the distillation: classes, positives, noise of training and sampling. A row
-shares them with its reference, so the difference is taken seed by seed, and called "better" or "worse" only where
-its 95 % t-interval excludes 0. There are some 30 comparisons: expect one or two such calls by chance.
-The base, C, has 128 positives and 64 + 64 negatives where the paper has 256 and 64 + 192.
+One teacher serves all rows; a seed is one distillation, its classes, positives and noise. What a row leaves
+open is the default of drift_rae.py, at half its steps. The first row of a table is the reference of the others:
+the difference is taken seed by seed, and called better or worse only where its 95 % t-interval excludes 0.
+Of some 20 intervals expect one to do so by chance.
 """
 import argparse
-import csv
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-from contextlib import redirect_stderr
-from operator import itemgetter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import Config, generate, load_pair, load_positives, one_step, train  # noqa: E402
-from eval_fid import Parser, UserError, exit_code, write_atomically  # noqa: E402
-from toy.digits import make_teacher, pixel_metrics  # noqa: E402
+from drift_rae import (Config, DiTDH, command, distil, encode, generate, guide, load_pair,  # noqa: E402
+                       one_step, write_atomically)
+from toy.digits import TEACHER, Metrics, make_teacher  # noqa: E402
+from toy.plot import COLOURS, Axes, sheet  # noqa: E402
 
-TABLES = {"3": "Table 3: the three modifications", "5": "Table 5: perturbation and y-softmax, at 64 / 64",
-          "late": "Table 5, the late collapse: 5 times the steps; fast: 3 times the learning rate",
-          "7": "Table 7: positives / negatives in all",
-          "6": "Table 6: negatives with + without gradient (the paper: 1.77 to 1.80 throughout)",
-          "readings": "Readings of what the paper leaves open", "temperatures": "Temperatures",
-          "9": "Table 9: from scratch"}
 
+# ---- What is compared
 
 class Row(NamedTuple):
-    table: str
     name: str
-    paper: float | None     # FID on ImageNet-256, at the same counts, but for C (256 / 256)
-    changes: dict           # of BASE
-    against: str = "C"      # the reference: the row it is compared with
-    longer: int = 1         # its steps, in --steps
+    changes: dict               # of Config's defaults
+    paper: float | None = None  # FID on ImageNet-256
+    start: str = "teacher"      # of the student: teacher, scratch, or pixels (scratch and ThroughPixels)
+    guidance: float = 0.0
+    longer: int = 1             # times the steps; a longer row has one seed
 
 
-BASE = dict(n_class=5, n_pos=128, n_neg=64, n_extra_neg=64, temperatures=[0.02, 0.05, 0.2], perturb=True,
-            y_softmax=False, lr=1e-3, init="teacher", decode_encode=False,
-            drift_norm="batch", perturb_all=False, token_scale=False)   # spelt out: Config's defaults may change
-FEW, CLEAN, FAST, Y = dict(n_pos=64, n_extra_neg=0), dict(perturb=False), dict(lr=3e-3), dict(y_softmax=True)
-SCRATCH, PIXELS = dict(init="scratch"), dict(init="scratch", decode_encode=True)
-TABLE_7 = {(64, 64): 1.94, (64, 128): 2.88, (128, 64): 2.50, (128, 128): 1.87}
-ROWS = [
-    Row("3", "A", 2.01, FEW | CLEAN | Y, "A"), Row("3", "B", 1.94, FEW, "A"), Row("3", "C", 1.77, {}, "A"),
-    Row("5", "clean+y", 2.01, FEW | CLEAN | Y, "A"), Row("5", "clean", 2.44, FEW | CLEAN, "A"),
-    Row("5", "perturbed+y", 2.14, FEW | Y, "A"), Row("5", "perturbed", 1.94, FEW, "A"),
-    Row("late", "clean-5x", None, FEW | CLEAN, "perturbed-5x", 5),
-    Row("late", "perturbed-5x", None, FEW, "perturbed-5x", 5),
-    Row("late", "clean-5x-fast", None, FEW | CLEAN | FAST, "perturbed-5x-fast", 5),
-    Row("late", "perturbed-5x-fast", None, FEW | FAST, "perturbed-5x-fast", 5),
-    *(Row("7", f"{p}/{n}", TABLE_7.get((p, n)), dict(n_pos=p, n_neg=min(n, 64), n_extra_neg=max(n - 64, 0)))
-      for p in (32, 64, 128) for n in (32, 64, 128)),
-    *(Row("6", f"{n}+{128 - n}", None, dict(n_neg=n, n_extra_neg=128 - n)) for n in (32, 64, 128)),
-    Row("readings", "as-released", None, {}), Row("readings", "sample-norm", None, dict(drift_norm="sample")),
-    Row("readings", "token-scale", None, dict(token_scale=True)),
-    Row("readings", "perturb-all", None, dict(perturb_all=True)),
-    Row("temperatures", "all-three", None, {}),
-    *(Row("temperatures", f"tau={t}", None, dict(temperatures=[t])) for t in (0.02, 0.05, 0.2)),
-    Row("9", "from-teacher", None, {}), Row("9", "scratch", 100.31, SCRATCH),
-    Row("9", "decode-encode", 7.04, PIXELS, "scratch"), Row("9", "scratch-5x", None, SCRATCH, "C", 5),
-    Row("9", "decode-encode-5x", None, PIXELS, "scratch-5x", 5)]
-NAMED = {row.name: row for row in ROWS}
-METRICS = ("fd", "precision", "recall", "label_accuracy", "drift")
-COLUMNS = ("row", "seeds", "Fréchet ↓", "precision", "recall", "label", "drift", "paper's FID", "against",
-           "Δ Fréchet, 95 %", "verdict")
-BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+def counts(positives, negatives):
+    return dict(n_pos=positives, n_neg=min(64, negatives), n_extra_neg=max(0, negatives - 64))
 
 
-def settings(row, steps):
-    """The run's fields of Config. Rows with equal settings are one run, shown in each."""
-    return BASE | row.changes | {"steps": row.longer * steps}
+SMALL, CLEAN, Y = counts(64, 64), dict(perturb=False), dict(y_softmax=True)
+TABLE_7 = {(64, 64): 1.94, (64, 128): 2.88, (64, 256): 4.95, (128, 64): 2.50, (128, 128): 1.87,
+           (256, 64): 4.66, (256, 256): 1.77}
+TABLES = {  # the first row of each is the reference
+    "3": ("Table 3: the three modifications",
+          [Row("A: Deng et al.", SMALL | CLEAN | Y, 2.01), Row("B: Eq. (11), (12)", SMALL, 1.94),
+           Row("C: B at 256/64+192", counts(256, 256), 1.77)]),
+    "5": ("Table 5: perturbation and y-softmax, at 64/64",
+          [Row("clean, y-softmax", SMALL | CLEAN | Y, 2.01), Row("clean", SMALL | CLEAN, 2.44),
+           Row("perturbed, y-softmax", SMALL | Y, 2.14), Row("perturbed", SMALL, 1.94)]),
+    "7": ("Table 7: positives/negatives", [Row("%d/%d" % n, counts(*n), fid) for n, fid in TABLE_7.items()]),
+    "6": ("Table 6: negatives with gradient (the paper: 1.77 to 1.80)",
+          [Row(f"{n} of 256", dict(n_neg=n, n_extra_neg=256 - n)) for n in (64, 128, 256)]),
+    "temperatures": ("Temperatures", [Row("0.02, 0.05, 0.2", {})] + [
+        Row(f"{tau} alone", dict(temperatures=(tau,))) for tau in (0.02, 0.05, 0.2)]),
+    "windows": ("Windows (ours): sides, in tokens, of what drifts as one",
+                [Row(str(set(w)), dict(windows=w)) for w in ((1,), (2,), (1, 2))]),
+    "guidance": ("Guidance of C, our reading of v2's abstract",
+                 [Row(f"w = {w:g}", {}, guidance=w) for w in (0, 0.05, 0.1, 0.2, 0.4)]),
+    "9": ("Table 9: from scratch", [Row("from scratch", {}, 100.31, "scratch"),
+                                    Row("decode–encode", {}, 7.04, "pixels"), Row("from the teacher", {})]),
+    "late": ("Table 5, later: 5 times the steps, at 64/64",
+             [Row("perturbed", SMALL, longer=5), Row("clean", SMALL | CLEAN, longer=5)]),
+}
+METRICS = {"fd": "Fréchet ↓", "precision": "precision ↑", "recall": "recall ↑", "label_accuracy": "label ↑",
+           "drift": "last drift"}
 
 
-def key(s, seed):
-    return json.dumps(s, sort_keys=True), seed
+# ---- One run
+
+class ThroughPixels(torch.nn.Module):
+    """Table 9's decode–encode: a student whose one_step is encode(decode(G(z))), with gradient through both.
+    The field vanishes for a perfect generator only if the positives have been through the decoder, too.
+    """
+    def __init__(self, student, rae):
+        super().__init__()
+        self.student, self.rae = student, rae
+
+    def forward(self, x, t, y):
+        return x - self.rae.encode(self.rae.decode(one_step(self.student, x, y)))    # one_step: x − this
 
 
-def cost(s):
-    """Seconds of a run on one thread of an idle core, a fit to a dozen settings on an AMD EPYC."""
-    a_class = 0.014 + 27e-5 * s["n_neg"] + 11e-5 * s["n_extra_neg"] + 4.5e-5 * s["n_pos"]
-    return round(2 + s["steps"] * s["n_class"] * a_class * (2 if s["decode_encode"] else 1))
+def prepare(path, start, cfg):
+    """-> (student as distil takes it, latents of the positives, RAE, what else is in the teacher's file)."""
+    student, rae, ours = load_pair(path, cfg)
+    latents = encode(rae, ours["images"], cfg)
+    if start != "teacher":
+        torch.manual_seed(cfg.seed)
+        student = DiTDH(**TEACHER).eval()
+    if start == "pixels":
+        student = ThroughPixels(student, rae)
+        with torch.no_grad():
+            latents = torch.cat([rae.encode(rae.decode(batch)) for batch in latents.split(cfg.batch_size)])
+    return student, latents, rae, ours
 
 
-def run(job):
-    """One distillation and its metrics -> an entry of ablation.json. job: (Row, settings, seed, teacher's path)."""
-    row, s, seed, teacher = job
-    torch.set_num_threads(1)                            # the workers share the cores
-    result = {"row": row.name, "table": row.table, "seed": seed, "settings": s}
+def work(job):
+    """job: (teacher's path, start, Config, guidances to measure) -> a run of ablation.json."""
+    path, start, cfg, guidances = job
+    student, latents, rae, ours = prepare(path, start, cfg)
+    run = {"start": start, "config": vars(cfg)}
     with tempfile.TemporaryDirectory() as out:
-        cfg = Config(**s | {"temperatures": tuple(s["temperatures"])}, seed=seed, out=out, device="cpu",
-                     save_every=2 * s["steps"])
-        student, rae, checkpoint = load_pair(teacher, cfg)
-        positives = load_positives(rae, checkpoint, student.num_classes, cfg)
-        if cfg.init == "scratch":
-            torch.manual_seed(seed)
-            student.initialise()
         try:
-            with redirect_stderr(io.StringIO()):        # its progress bar
-                ema, result["seconds"] = train(student, positives, cfg)
-        except KeyboardInterrupt:
-            sys.exit(130)                               # the parent says so
-        except UserError as e:
-            if "NaN" not in str(e):
+            student = distil(student, latents, ours["labels"].numpy(), replace(cfg, out=out))
+        except ValueError as error:
+            if "NaN" not in str(error):
                 raise
-            return result | dict.fromkeys(METRICS) | {"error": str(e)}
-        with open(Path(out, "log.csv"), newline="") as f:
-            log = [{name: float(v) for name, v in line.items()} for line in csv.DictReader(f)]
-    drift = [float(np.mean([v for name, v in line.items() if name.startswith("drift_")])) for line in log]
-    labels = torch.from_numpy(positives.labels)         # as many samples as there are real digits, 174 a class
-    images = torch.cat([x for _, x, _ in generate(lambda z, y: one_step(ema, z, y), rae, labels, cfg)])
-    if row.table == "late":
-        result["trace"] = {"step": list(range(0, len(log), 10)), "drift": drift[::10],
-                           "grad_norm": [line["grad_norm"] for line in log[::10]]}
-    return (result | pixel_metrics(images, labels, positives.images, labels)
-            | {"drift": float(np.mean(drift[-10:])), "drift_first": drift[0]})
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # distil leaves its own
+            return run | {"metrics": {f"{w:g}": dict.fromkeys(METRICS, np.nan) for w in guidances}}
+        log = np.atleast_1d(np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True))
+    raw = np.mean([log[name] for name in log.dtype.names if name.startswith("drift_")], 0)   # [steps]
+    drift = [part.mean() for part in np.array_split(raw, min(20, cfg.steps))]
+    measure, metrics = Metrics(ours), {}
+    for w in guidances:
+        sampler = partial(one_step, guide(student.student if start == "pixels" else student, w))
+        images = generate(sampler, rae, measure.labels, cfg)
+        metrics[f"{w:g}"] = measure(images, measure.labels) | {"drift": drift[-1]}
+    return run | {"metrics": metrics, "drift": drift}
 
 
-def read(path):
-    """ablation.json -> {key: a finished run}."""
-    try:
-        runs = json.loads(path.read_text()) if path.exists() else []
-        return {key(r["settings"], r["seed"]): r for r in runs if itemgetter("teacher", *METRICS)(r)}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): remove it to start anew") from e
+# ---- All runs: ablation.json is {"teacher": its digest, "runs": [what work returns, …]}
+
+def key(start, config):
+    """Rows of the same key are one run; any other value of a field of Config makes it another."""
+    return json.dumps([start, config])
 
 
-def measure(rows, args, path):
-    """Do what ablation.json lacks of rows and of their references -> {key: run}."""
-    runs, teacher, todo = read(path), Path(args.out, "teacher.pt"), {}
+def configs(row, args):
+    steps, seeds = row.longer * args.steps, args.seeds if row.longer == 1 else 1
+    return [Config(device="cpu", seed=seed, steps=steps, save_every=steps, **row.changes)
+            for seed in range(seeds)]
+
+
+def jobs_to_do(args, runs):
+    """What `work` takes for each run that is missing, seed by seed, the long ones first."""
+    jobs, missing = {}, {}
+    for table, (_, rows) in TABLES.items():
+        for row, cfg in ((row, cfg) for row in rows for cfg in configs(row, args)):
+            name = key(row.start, vars(cfg))
+            job = jobs.setdefault(name, (Path(args.out, "teacher.pt"), row.start, cfg, set()))
+            job[-1].add(row.guidance)                       # also of tables that are not asked for now
+            if table in args.rows and name not in runs:
+                missing[name] = job
+    return sorted(missing.values(), key=lambda job: (job[2].seed, -job[2].steps, -job[2].n_neg))
+
+
+def start_worker():
+    torch.set_num_threads(1)                                # small matrices: two runs abreast are faster
+    sys.stderr = open(os.devnull, "w")                      # for their progress bars
+
+
+def measure(args, path, known, runs):
+    """Do what runs, of the teacher `known`, lack of the chosen tables; path is written after each."""
+    teacher = Path(args.out, "teacher.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not teacher.exists():
         make_teacher(teacher)
-    load_pair(teacher, Config(device="cpu"))            # a bad file is better said here than by a worker
     digest = hashlib.sha256(teacher.read_bytes()).hexdigest()[:16]
-    if any(r["teacher"] != digest for r in runs.values()):
-        raise UserError(f"{path} is of another teacher than {teacher}: remove it, or take another --out")
-    for row in sorted({row.name for row in rows} | {row.against for row in rows}, key=list(NAMED).index):
-        for seed in range(args.seeds):
-            s = settings(NAMED[row], args.steps)
-            if key(s, seed) not in runs and key(s, seed) not in todo:
-                todo[key(s, seed)] = (NAMED[row], s, seed, str(teacher))
-    if not todo:
-        return runs
-    todo = sorted(todo.values(), key=lambda job: (job[2], -cost(job[1])))   # seed by seed, the long ones first
-    jobs, total = min(args.jobs, len(todo)), sum(cost(job[1]) for job in todo)
-    print(f"{len(todo)} runs to do, about {total / jobs / 60:.1f} minutes on {jobs} idle cores; {len(runs)} are done. "
-          "Ctrl-C keeps what is finished, the same command goes on")
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's; the workers inherit this
-    with (multiprocessing.get_context("spawn").Pool(jobs) as pool,
-          tqdm(total=total, desc="ablation", smoothing=0, bar_format=BAR) as bar):      # counts estimated seconds
-        signal.signal(signal.SIGINT, before)
-        for n, r in enumerate(pool.imap_unordered(run, todo), 1):
-            runs[key(r["settings"], r["seed"])] = r | {"teacher": digest}
-            text = "[" + ",\n".join(map(json.dumps, runs.values())) + "]\n"
-            write_atomically(path, lambda f: f.write(text.encode()))
-            bar.set_postfix_str(f"{n}/{len(todo)} runs, last {r['row']} seed {r['seed']}", refresh=False)
-            bar.update(cost(r["settings"]))
-        pool.close()
-        pool.join()
-    return runs
+    if known not in (None, digest):
+        raise ValueError(f"{path} is of another teacher than {teacher}: remove it, or take another --out")
+    jobs = jobs_to_do(args, runs)
+    if not jobs:
+        return
+    with (multiprocessing.get_context("spawn").Pool(min(args.jobs, len(jobs)), start_worker) as pool,
+          tqdm(total=sum(job[2].steps for job in jobs), desc=f"{len(jobs)} runs", smoothing=0) as bar):
+        for run in pool.imap_unordered(work, jobs):
+            runs[key(run["start"], run["config"])] = run
+            text = json.dumps({"teacher": digest, "runs": [*runs.values()]}, indent=1).encode()
+            write_atomically(path, lambda file: file.write(text))
+            bar.update(run["config"]["steps"])
 
 
-def of(row, runs, args):
-    """{seed: run} of a row, as far as they are done."""
-    found = {seed: runs.get(key(settings(row, args.steps), seed)) for seed in range(args.seeds)}
-    return {seed: r for seed, r in found.items() if r}
+# ---- Tables and pictures
 
-
-def column(runs, metric="fd"):
-    return np.array([r[metric] for r in runs.values()], float)              # [seeds], nan after a NaN
+def values(row, args, runs, metric="fd"):
+    """{seed: value} of a row, as far as its runs are done."""
+    return {cfg.seed: runs[name]["metrics"][f"{row.guidance:g}"][metric] for cfg in configs(row, args)
+            if (name := key(row.start, vars(cfg))) in runs}
 
 
 def mean_se(x):
-    return x.mean(), x.std(ddof=1) / len(x)**0.5 if len(x) > 1 else np.nan
+    mean = np.mean(x) if x else np.nan
+    return mean, np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
 
 
 def paired(a, b):
-    """Mean of fd of a − fd of b over the seeds they share, and half of its 95 % t-interval. a, b {seed: run}."""
-    both = a.keys() & b.keys()
-    if len(both) < 2:
-        return np.nan, np.nan
-    mean, se = mean_se(column({i: a[i] for i in both}) - column({i: b[i] for i in both}))
-    return mean, se * stats.t.ppf(0.975, len(both) - 1)
+    """{seed: value} twice -> mean of a − b over the seeds of both, half its 95 % t-interval, verdict."""
+    difference = [a[seed] - b[seed] for seed in a if seed in b]
+    mean, se = mean_se(difference)
+    half = se * stats.t.ppf(0.975, len(difference) - 1)
+    if mean + half < 0:
+        return mean, half, "better"
+    return mean, half, "worse" if mean - half > 0 else "–"
 
 
-def compare(row, runs, args):
-    """Against the row's reference: (name, mean, half the interval, verdict), or None if that is itself."""
-    reference = NAMED[row.against]
-    if settings(row, 1) == settings(reference, 1):
-        return None
-    mean, half = paired(of(row, runs, args), of(reference, runs, args))
-    return row.against, mean, half, "better" if mean + half < 0 else "worse" if mean - half > 0 else "–"
+def show(table, args, runs):
+    title, rows = TABLES[table]
+    lines = [["row", "seeds", *METRICS.values(), "paper's FID", "Δ Fréchet, 95 %", "verdict"]]
+    for row in rows:
+        fd = values(row, args, runs)
+        means = [mean_se([*values(row, args, runs, metric).values()]) for metric in METRICS]
+        mean, half, verdict = paired(fd, values(rows[0], args, runs))
+        difference = ["", "reference"] if row is rows[0] else [f"{mean:+.3f} ± {half:.3f}", verdict]
+        lines.append([row.name, str(len(fd)), *("{:.3f} ± {:.3f}".format(*pair) for pair in means),
+                      f"{row.paper:.2f}" if row.paper else "", *difference])
+    lines = [[cell.replace(" ± nan", "") for cell in line] for line in lines]       # of a single seed
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    print(f"\n**{title}**\n")
+    for line in lines:
+        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
 
 
-def cells(row, runs, args):
-    """A line of the table, as strings."""
-    mine = of(row, runs, args)
-    line = [row.name, str(len(mine)), *("{:.3f} ± {:.3f}".format(*mean_se(column(mine, m))) for m in METRICS),
-            f"{row.paper:.2f}" if row.paper else ""]
-    found = compare(row, runs, args)
-    return line + ([found[0], f"{found[1]:+.3f} ± {found[2]:.3f}", found[3]] if found else [""] * 3)
+def panel(table, args, runs):
+    """Fréchet distances: a dot a seed, a bar at the mean, a diamond at the paper's FID."""
+    title, rows = TABLES[table]
+    fds, names = [values(row, args, runs) for row in rows], {-i: row.name for i, row in enumerate(rows)}
+    seen = [x for fd in fds for x in fd.values() if x > 0] + [row.paper for row in rows if row.paper]
+    log = max(seen) > 20 * min(seen)
+    low, high = (min(seen) / 2, max(seen) * 2) if log else (0, 1.1 * max(seen))
+    axes = Axes(title, "Fréchet distance; hollow: the paper's FID", "", (low, high), (0.4 - len(rows), 0.6),
+                x_log=log, y_ticks=names, legend={"better": "#229944", "worse than the first": "#c8102e"},
+                size=(680, 110 + 36 * len(rows)), right=80)
+    for y, row, fd in zip(names, rows, fds):
+        mean, verdict = mean_se([*fd.values()])[0], paired(fd, fds[0])[2]
+        axes.bar(mean, y, {"better": "#b5dfb5", "worse": "#f0b8b0"}.get(verdict, "#cfd8e6"))
+        axes.points([*fd.values()], y, "#1f3f77")
+        axes.diamonds(row.paper or np.nan, y)
+        axes.text(high, y, f"{mean:.2f}")
+    return axes.image()
 
 
-def collapse(run):
-    """The step at which the drift, a mean of 5 entries of the trace, is first twice its lowest so far, or "never"."""
-    drift = [np.mean(run["trace"]["drift"][i:i + 5]) for i in range(len(run["trace"]["drift"]) - 4)]
-    return next((run["trace"]["step"][i + 4] for i, d in enumerate(drift) if d > 2 * min(drift[:i + 1])), "never")
-
-
-def finished(rows, runs, args):
-    """{table: its rows that have a run}, without empty tables."""
-    found = {t: [row for row in rows if row.table == t and of(row, runs, args)] for t in TABLES}
-    return {t: here for t, here in found.items() if here}
-
-
-def show(rows, runs, args):
-    """Yields the lines of the tables, as text or as Markdown."""
-    for table, here in finished(rows, runs, args).items():
-        lines = [COLUMNS, *(cells(row, runs, args) for row in here)]
-        width = [max(map(len, entries)) for entries in zip(*lines)]
-        yield f"\n**{TABLES[table]}**\n" if args.markdown else f"\n{TABLES[table]}"
-        for i, line in enumerate(lines):
-            yield f"| {' | '.join(line)} |" if args.markdown else "  ".join(map(str.ljust, line, width)).rstrip()
-            if args.markdown and i == 0:
-                yield "|" + "---|" * len(COLUMNS)
-        for row in here if table == "late" else ():
-            at = [str(collapse(r)) if "trace" in r else "NaN" for r in of(row, runs, args).values()]
-            yield "\n" * args.markdown + f"{row.name}: the drift is twice its lowest at step {', '.join(at)}"
-
-
-def order(values):
-    """{name: "no. 1", "no. 2", …} of {name: value}, from the smallest."""
-    return {name: f"no. {1 + sum(v < value for v in values.values())}" for name, value in values.items()}
-
-
-def draw(rows, runs, args, path):
-    """ablation.png: Fréchet distances, a dot a seed and a bar a mean, and the order in the paper's table beside."""
-    tables, left, right, high = finished(rows, runs, args), 150, 570, 21
-    sheet = Image.new("RGB", (900, 34 + sum(high * len(here) + 54 for here in tables.values())), "white")
-    pen, small, font, large = ImageDraw.Draw(sheet), *(ImageFont.load_default(size=n) for n in (12, 14, 15))
-    pen.text((8, 8), f"Frechet distance on the digits, {args.steps} steps: a dot a seed, a bar a mean. "
-             "Green: better than the row's reference, red: worse, by paired 95 % intervals.", "black", small)
-    y = 34                                              # the font has neither é nor ×
-    for table, here in tables.items():
-        fd = {row.name: column(of(row, runs, args)) for row in here}
-        top = 1.05 * max(np.nanmax(np.nan_to_num(v)) for v in fd.values()) or 1         # each table has its own axis
-        tick = next(m * 10.0**e for e in range(-4, 9) for m in (1, 2, 5) if top / (m * 10.0**e) <= 6)
-        bottom, scale = y + 28 + high * len(here), (right - left) / top
-        pen.text((8, y + 4), TABLES[table], "black", large)
-        for x in np.arange(0, top, tick):
-            pen.line((left + scale * x, y + 28, left + scale * x, bottom), "#dddddd")
-            pen.text((left + scale * x, bottom + 1), f"{x:g}", "#666666", small, anchor="ma")
-        paper = {row.name: row.paper for row in here if row.paper}
-        ranks = order(paper), order({name: np.nan_to_num(fd[name].mean(), nan=np.inf) for name in paper})
-        for row, middle in zip(here, range(y + 28 + high // 2, bottom, high)):
-            values, found = fd[row.name][np.isfinite(fd[row.name])], compare(row, runs, args)
-            fill = {"better": "#b5dfb5", "worse": "#f0b8b0"}.get(found and found[3], "#cfd8e6")
-            pen.text((left - 8, middle), row.name, "black", font, anchor="rm")
-            pen.rectangle((left, middle - 8, left + scale * (values.mean() if len(values) else 0), middle + 7), fill)
-            for x in left + scale * values:
-                pen.ellipse((x - 3, middle - 3, x + 3, middle + 3), "#1f3f77")
-            texts = {15: f"{fd[row.name].mean():.3f}"}
-            if row.paper:
-                texts |= {65: ranks[1][row.name], 150: f"paper {row.paper:.2f}", 260: ranks[0][row.name]}
-            for x, text in texts.items():
-                pen.text((right + x, middle), text, "black", font, anchor="lm")
-        y = bottom + 26
-    write_atomically(path, lambda f: sheet.save(f, format="png"))
+def guidance_curve(rows, args, runs):
+    """Precision against recall: pale dots the seeds, a line through the means."""
+    both = [np.array([list(values(row, args, runs, name).values()) for row in rows])        # [w,seeds]
+            for name in ("recall", "precision")]
+    means = [x.mean(1) for x in both]
+    ranges = [(x.min() - 0.01, x.max() + 0.01) for x in both]
+    axes = Axes(TABLES["guidance"][0], "recall", "precision", *ranges, right=90)
+    axes.points(*both, "#b4c6e4")
+    axes.line(*means, COLOURS[0])
+    axes.points(*means, COLOURS[0], radius=6)
+    for row, x, y in zip(rows, *means):
+        axes.text(x, y, row.name, anchor="ls")
+    return axes.image()
 
 
 def parse(argv):
-    """Command line -> (arguments, rows)."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", default="out", help="folder of teacher.pt (trained if missing) and of the results (default: out)")
-    add("--rows", nargs="+", metavar="ROW", help=f"rows by name, or tables: {', '.join(TABLES)} (default: all)")
-    add("--seeds", type=int, metavar="N", help="seeds of each row, 0 to N − 1 (default: 5; with --quick 3)")
-    add("--steps", type=int, metavar="N", help="optimizer steps of a row (default: 80; with --quick 40)")
-    add("--jobs", type=int, metavar="N", default=os.cpu_count(), help="runs at a time, a thread each (default: cores)")
+    add("--out", default="out", help="folder of teacher.pt, made if missing, and results (default: out)")
     add("--quick", action="store_true", help="Tables 3 and 5 with few seeds and steps")
-    add("--markdown", action="store_true", help="print OUT/ablation.json as Markdown and do nothing else")
+    add("--seeds", type=int, help="seeds of each row (default: 3; with --quick 2)")
+    add("--steps", type=int, help="optimizer steps (default: half of drift_rae.py's; with --quick 1/8)")
+    add("--rows", nargs="+", choices=TABLES, help="tables (default: all; with --quick 3 5)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each (default: all cores)")
+    add("--markdown", action="store_true", help="print the tables from OUT/ablation.json; run nothing")
+    parser.set_defaults(seeds=3, steps=Config().steps // 2, rows=[*TABLES])
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(seeds=2, steps=Config().steps // 8, rows=["3", "5"])
     args = parser.parse_args(argv)
-    for name, default in (("seeds", 3 if args.quick else 5), ("steps", 40 if args.quick else 80)):
-        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    for name in ("seeds", "steps", "jobs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    chosen = args.rows or (["3", "5"] if args.quick else TABLES)
-    if unknown := [name for name in chosen if name not in NAMED and name not in TABLES]:
-        raise UserError(f"--rows {unknown[0]}: no such row or table; there are {', '.join([*TABLES, *NAMED])}")
-    return args, [row for row in ROWS if row.table in chosen or row.name in chosen]
+    if min(args.seeds, args.steps, args.jobs) < 1:
+        parser.error("--seeds, --steps and --jobs must be at least 1")
+    return args
 
 
-@exit_code
-def main(argv):
-    args, rows = parse(argv)
+def main(argv=None):
+    args = parse(argv)
     path = Path(args.out, "ablation.json")
+    saved = json.loads(path.read_text()) if path.exists() else {"teacher": None, "runs": []}
+    runs = {key(run["start"], run["config"]): run for run in saved["runs"]}
     if not args.markdown:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    runs = read(path) if args.markdown else measure(rows, args, path)
-    if not finished(rows, runs, args):
-        raise UserError(f"{path} has no run of these rows at --steps {args.steps}: leave out --markdown")
-    print("\n".join(show(rows, runs, args)))
+        measure(args, path, saved["teacher"], runs)
+    args.rows = [table for table in args.rows if any(values(row, args, runs) for row in TABLES[table][1])]
+    if not args.rows:
+        raise ValueError(f"{path} has no run of these rows at {args.steps} steps: leave out --markdown")
+    for table in args.rows:
+        show(table, args, runs)
     if not args.markdown:
-        draw(rows, runs, args, path.with_suffix(".png"))
+        pictures = {"ablation.png": sheet([panel(table, args, runs) for table in args.rows], 2)}
+        if "guidance" in args.rows:
+            pictures["guidance.png"] = guidance_curve(TABLES["guidance"][1], args, runs)
+        for name, picture in pictures.items():
+            write_atomically(Path(args.out, name), partial(picture.save, format="PNG"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
