@@ -674,9 +674,9 @@ def released_rae(models):
     encoder = load(Path(models, "dinov2_vitb14_reg4_pretrain.pth"), build_encoder)
     decoder = load(Path(models, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"),
                    partial(Decoder.from_official, num_heads=16))
-    stat = load(Path(models, "stats/dinov2/wReg_base/imagenet1k/stat.pt"), dict)
-    return RAE(encoder, decoder, stat["mean"], stat["var"],
-               input_size=stat["mean"].shape[-1] * encoder.patch_embed["proj"].kernel_size[0])
+    mean, var = load(Path(models, "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
+                     lambda stat: (stat["mean"], stat["var"]))
+    return RAE(encoder, decoder, mean, var, mean.shape[-1] * encoder.patch_embed["proj"].kernel_size[0])
 
 
 def load_pair(path, cfg):
@@ -864,7 +864,7 @@ def main(argv=None):
             step, steps = load(out / "state.pt", lambda old: (old["step"], old["config"]["steps"]), mmap=True)
             if step < steps:
                 raise ValueError(f"{out} holds a run at step {step} of {steps}: --resume, or change --out")
-        if not cfg.teacher and not (out / "teacher.pt").exists() and rank() == 0:
+        if not cfg.teacher and cfg.preset == "digits" and rank() == 0 and not (out / "teacher.pt").exists():
             from toy.digits import make_teacher
             make_teacher(out / "teacher.pt", cfg.seed)
     if cfg.device == "cuda":

@@ -221,8 +221,10 @@ def test_a_step_is_the_gradient_of_naive_loops():
             loss = loss + (x / unit - (x / unit + drift).detach()).square().mean()
         (loss / 2).backward()                                               # of 2 classes
     ema, optimizer = copy.deepcopy(model).requires_grad_(False), Optimizer(model.parameters())
-    before = flat(model)
+    before, seen = flat(model), []
+    model.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), torch.is_grad_enabled())))
     log, norm = dr.train_step(model, ema, optimizer, batch, step, cfg)
+    assert seen == [(3, True), (2, False)] * 2                              # modification 3
     expected = torch.cat([p.grad.flatten() for p in exact.parameters()])
     assert abs(norm / expected.norm() - 1) < 1e-4 and norm > 1.1
     assert relative(optimizer.gradient, expected / norm) < 1e-4             # clipped at 1

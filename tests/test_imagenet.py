@@ -1,7 +1,7 @@
 """A rehearsal of ImageNet on a CPU: the released files' formats, folders of images, several processes.
 
-Tiny random weights under the released files' own keys (golden/rae.pt holds such an autoencoder), generated PNGs
-and JPEGs, and the commands of the README's section on ImageNet-256.
+Tiny random weights under the released files' own keys (as in golden/rae.pt), generated PNGs and JPEGs,
+and the commands of the README's section on ImageNet-256.
 """
 import json
 import os
