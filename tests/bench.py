@@ -1,10 +1,10 @@
 """Speeds on this machine (a script, not a test; run it where nothing else runs).
 
-    python tests/bench.py                                     the digits: where a step's time goes; drift_field, Fréchet
-    python tests/bench.py --size imagenet256 [--compile] [--grad-checkpoint]     what the paper's run costs
+    python tests/bench.py                       the digits: a step and its parts; drift_field; Fréchet distance
+    python tests/bench.py --size imagenet256 [--compile] [--grad-checkpoint]    what the paper's run costs here
 
---size imagenet256: random weights of the true sizes have the true cost. On a CPU it prints parameters and FLOPs; on a
-GPU it also measures one class of a step, its parts, the peak memory and sampling, and adds up the hours of a run.
+Random weights of the true sizes have the true cost. For imagenet256 a CPU prints parameters and FLOPs alone; a GPU
+also measures one class of a step, its parts, the peak memory and sampling, and adds up the hours of a run.
 """
 import argparse
 import copy
@@ -26,11 +26,11 @@ from toy.digits import DECODER, ENCODER, TEACHER  # noqa: E402
 
 SIZES = {
     "digits": (TEACHER, ENCODER, DECODER, 28),
-    "imagenet256": (dict(input_size=16, in_channels=768, hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16),
-                         num_classes=1000),
-                    dict(img_size=518, patch_size=14, embed_dim=768, depth=12, num_heads=12),
-                    dict(latent_dim=768, width=1152, depth=28, num_heads=16, mlp_dim=4096, patch_size=16, grid=16),
-                    224)}
+    "imagenet256": (
+        dict(input_size=16, in_channels=768, hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16),
+             num_classes=1000),
+        dict(img_size=518, patch_size=14, embed_dim=768, depth=12, num_heads=12),
+        dict(latent_dim=768, width=1152, depth=28, num_heads=16, mlp_dim=4096, patch_size=16, grid=16), 224)}
 
 
 def medians(repeats, functions):
@@ -52,8 +52,9 @@ def build(size, device):
     teacher, encoder, decoder, input_size = SIZES[size]
     stat = (teacher["in_channels"], teacher["input_size"], teacher["input_size"])
     with torch.device(device):
-        rae = dr.RAE(dr.ViT(**encoder), dr.Decoder(**decoder), torch.zeros(stat), torch.ones(stat), input_size)
-        return dr.DiTDH(**teacher).eval(), rae, decoder["grid"] * decoder["patch_size"]
+        model, vit, decode = dr.DiTDH(**teacher).eval(), dr.ViT(**encoder), dr.Decoder(**decoder)
+        rae = dr.RAE(vit, decode, torch.zeros(stat), torch.ones(stat), input_size)
+    return model, rae, decoder["grid"] * decoder["patch_size"]
 
 
 def flops(function):
@@ -77,24 +78,28 @@ def class_flops(size, cfg):
 
 
 def bench_class(size, cfg):
-    """Seconds of one class of a step, of its parts, of the optimizer and of sampling; memory and hours on a GPU."""
+    """Print what one class of a step, its parts, the optimizer and sampling take -> seconds of a class."""
     model, rae, side = build(size, cfg.device)
     model.grad_checkpoint = cfg.grad_checkpoint
     net = torch.compile(model, dynamic=False) if cfg.compile else model
     ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), cfg.lr, fused=True)
     images = torch.randint(256, (cfg.n_pos, side, side, 3), dtype=torch.uint8)
     shape = (model.in_channels, model.input_size, model.input_size)
-    pos, gen, extra = (torch.randn(n, *shape, device=cfg.device) for n in (cfg.n_pos, cfg.n_neg, cfg.n_extra_neg))
-    step = lambda classes: dr.train_step(net, ema, optimizer, [(c, pos) for c in range(classes)], 0, cfg)  # noqa: E731
+    counts = (cfg.n_pos, cfg.n_neg, cfg.n_extra_neg)
+    pos, gen, extra = (torch.randn(n, *shape, device=cfg.device) for n in counts)
     labels = torch.zeros(cfg.batch_size, dtype=torch.long)
     z = torch.randn(cfg.batch_size, *shape, device=cfg.device)
+
+    def step(classes):
+        dr.train_step(net, ema, optimizer, [(c, pos) for c in range(classes)], 0, cfg)
 
     @torch.no_grad()
     def one_step():
         with dr.autocast(cfg):
             dr.one_step(model, z, labels.to(cfg.device))
 
-    s = medians(5, {"two": lambda: step(2), "one": lambda: step(1), "encoder": lambda: dr.encode(rae, images, cfg),
+    s = medians(5, {"two": partial(step, 2), "one": partial(step, 1),
+                    "encoder": lambda: dr.encode(rae, images, cfg),
                     "drift": lambda: dr.drift_loss(dr.tokens(gen), dr.tokens(pos), dr.tokens(extra)),
                     "one step": one_step, "decoder": torch.no_grad()(lambda: rae.decode(z)),
                     "images": lambda: dr.generate(partial(dr.one_step, model), rae, labels, cfg)})
@@ -104,8 +109,9 @@ def bench_class(size, cfg):
     print(f"one class {1e3 * a_class:.1f} ms, of which encoder {s['encoder'] / a_class:.1%} and the drift "
           f"{s['drift'] / a_class:.1%}; optimizer {1e3 * optimize:.1f} ms a step of {cfg.n_class} classes")
     print(f"{cfg.steps} steps: {cfg.steps * whole / 3600:.3g} hours on one such device")
-    print(f"sampling, {cfg.batch_size} a batch: generator {cfg.batch_size / s['one step']:.0f} images/s, decoder "
-          f"{cfg.batch_size / s['decoder']:.0f}, with noise and bytes {cfg.batch_size / s['images']:.0f}")
+    speed = {name: cfg.batch_size / s[name] for name in ("one step", "decoder", "images")}
+    print(f"sampling, images/s: generator {speed['one step']:.0f}, decoder {speed['decoder']:.0f}, with noise and "
+          f"bytes {speed['images']:.0f}, {cfg.batch_size} a batch")
     return a_class
 
 
@@ -125,11 +131,13 @@ def bench_frechet(dim=2048):
     stats = [part for x in samples for part in (x.mean(0), np.cov(x, rowvar=False))]
 
     def with_sqrtm(mu1, sigma1, mu2, sigma2):  # pytorch-fid's way
-        return np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2) - 2 * np.trace(sqrtm(sigma1 @ sigma2)).real
+        covariance = np.trace(sigma1 + sigma2) - 2 * np.trace(sqrtm(sigma1 @ sigma2)).real
+        return np.square(mu1 - mu2).sum() + covariance
 
     s = medians(3, {"ours": lambda: frechet_distance(*stats), "sqrtm": lambda: with_sqrtm(*stats)})
-    print(f"Fréchet distance, D = {dim}: {s['ours']:.2f} s, with sqrtm {s['sqrtm'] / s['ours']:.1f} times that; relative "
-          f"difference {abs(frechet_distance(*stats) / with_sqrtm(*stats) - 1):.0e}")
+    difference = abs(frechet_distance(*stats) / with_sqrtm(*stats) - 1)
+    print(f"Fréchet distance, D = {dim}: {s['ours']:.2f} s, with sqrtm {s['sqrtm'] / s['ours']:.1f} times that; "
+          f"relative difference {difference:.0e}")
 
 
 def product_rate(n=8192):
@@ -139,7 +147,8 @@ def product_rate(n=8192):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="digits")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--grad-checkpoint", action="store_true")
@@ -149,16 +158,17 @@ def main():
         compile=args.compile, grad_checkpoint=args.grad_checkpoint, device="cuda" if gpu else "cpu"))
     parts = class_flops(args.size, cfg)
     total = sum(parts.values())
-    print(f"one class {total / 1e12:.4g} TFLOP, the encoder's share {parts['encoder'] / total:.1%}; a step of {cfg.n_class} "
-          f"classes {cfg.n_class * total / 1e12:.4g} TFLOP")
+    print(f"one class {total / 1e12:.4g} TFLOP, the encoder's share {parts['encoder'] / total:.1%}; a step of "
+          f"{cfg.n_class} classes {cfg.n_class * total / 1e12:.4g} TFLOP")
     if args.size == "imagenet256" and not gpu:
         return print("the rest needs a GPU: seconds, memory, hours")
     seconds = bench_class(args.size, cfg)
     print(f"{total / seconds / 1e12:.3g} TFLOP/s over a class")
     if gpu:
         rate = product_rate()
+        memory = torch.cuda.max_memory_allocated() / 1e9
         print(f"{torch.cuda.get_device_name()}: a bf16 product reaches {rate / 1e12:.0f} TFLOP/s, a class "
-              f"{total / seconds / rate:.0%} of that; at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+              f"{total / seconds / rate:.0%} of that; at most {memory:.1f} GB")
     bench_field(cfg.device)
     bench_frechet()
 
