@@ -82,7 +82,8 @@ def bench_class(size, cfg):
     model, rae, side = build(size, cfg.device)
     model.grad_checkpoint = cfg.grad_checkpoint
     net = torch.compile(model, dynamic=False) if cfg.compile else model
-    ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), cfg.lr, fused=True)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, fused=True)
     images = torch.randint(256, (cfg.n_pos, side, side, 3), dtype=torch.uint8)
     shape = (model.in_channels, model.input_size, model.input_size)
     counts = (cfg.n_pos, cfg.n_neg, cfg.n_extra_neg)
