@@ -5,10 +5,10 @@
     python toy/rivals.py --quick         a tenth of the budget: a look, nothing to judge by
     python toy/rivals.py --rates         what RATES below was chosen from -> OUT/rivals_rates.json
 
-All start from the teacher's weights and spend as many network evaluations as drift_rae.py's default: of one
-sample a forward pass is 1, a backward pass 2 (1 to the input alone), a forward-mode product 2. The teacher's,
-a second network's and those of generated pairs count. Falling learning rate, clipping and moving average are
-the default's. Throughout x_t = (1−t)·x + t·ε, v(x_t, t) ≈ ε − x, and one step is G(z) = z − v(z, 1).
+All students start from the teacher's weights and spend as many network evaluations as drift_rae.py's default.
+Of one sample a forward pass is 1, a backward pass 2 (1 to the input alone), a forward-mode product 2; those
+of the teacher, a second network and generated pairs count. A student's falling learning rate, clipping and
+moving average are the default's. Throughout x_t = (1−t)·x + t·ε, v(x_t, t) ≈ ε − x, and G(z) = z − v(z, 1).
 A row that is done is not computed again: the same command goes on where it was interrupted.
 """
 import argparse
@@ -41,10 +41,10 @@ from toy.plot import panels  # noqa: E402
 
 BATCH = 256         # samples a step where nothing else is said
 GRID = 50           # points of the teacher's Euler grid, as in drift_rae.py's report
-UPDATES = 5         # of the second network for one of the student, as DMD2 has it
 CANDIDATES = (2e-4, 7e-4, 2e-3)
-RATES = {name: 7e-4 for name in ("regression", "reflow", "consistency", "dmd", "sid", "twinflow", "ard-4", "step-4",
-                                 "drift-a", "drift-windows")}
+RATES = {           # the best of these at a quarter of the budget, seed 0 (--rates); else Config's
+    "regression": 7e-4, "reflow": 7e-4, "consistency": 7e-4, "dmd": 7e-4, "sid": 7e-4, "twinflow": 7e-4,
+    "ard-4": 7e-4, "step-4": 7e-4, "drift-a": 7e-4, "drift-windows": 7e-4}
 NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # of a sample; else 1
 
 
@@ -83,7 +83,7 @@ class Task:
             optimizer.param_groups[0]["lr"] = self.lr * (1 - 0.99 * step / steps)
             optimizer.zero_grad()
             loss().backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(student.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
             decay = 0.5 * (Config.ema / 0.5) ** min(1, step / Config.ema_warmup)
             for e, p in zip(ema.parameters(), student.parameters()):
@@ -93,7 +93,7 @@ class Task:
     @torch.no_grad()
     def paths(self, model, steps, share):
         """Spend a share of the budget on the model's ODE -> points [n,steps+1,D,h,w] of its paths from the
-        noise to the end, their times [steps+1], labels [n]. The grid stops at t = 0.001, which counts as 0.
+        noise to the end, their times [steps+1], labels [n]. The sampler stops at t = 0.001; here that is 0.
         """
         n = int(share * self.budget) // (GRID - 1)
         self.spent += n * (GRID - 1)
@@ -112,9 +112,9 @@ class Task:
 # ---- Regression on the ends of trajectories (Luhman & Luhman; BOOT 2306.05544), and on points between.
 
 def path_loss(model, points, times, y):
-    """‖v(x_s, t_s) − (x_s − x_s+1)/(t_s − t_s+1)‖². With one step from z to x̂ it is ‖G(z) − x̂‖²."""
+    """‖v(x_s, t_s) − (x_s − x_s+1)/(t_s − t_s+1)‖²; with one step, from z to x̂, it is ‖G(z) − x̂‖²."""
     now, after = points[:, :-1], points[:, 1:]                              # [B,S,D,h,w]
-    velocity = (now - after) / (times[:-1] - times[1:]).view(-1, 1, 1, 1)
+    velocity = (now - after) / column(times[:-1] - times[1:])
     return (model(now, times[:-1], y) - velocity).square().mean()
 
 
@@ -140,8 +140,8 @@ class Points(nn.Module):
     """
     def __init__(self, net, history=False):
         super().__init__()
-        self.net, self.history = net, history
-        self.lower = net.blocks[:net.depth[0]]
+        self.net = net
+        self.lower = net.blocks[:net.depth[0] * history]
         for block in self.lower:
             attention = PathAttention(block.attn.qkv.in_features, block.attn.heads)
             attention.load_state_dict(block.attn.state_dict())
@@ -149,26 +149,24 @@ class Points(nn.Module):
 
     def forward(self, x, times, y):
         for block in self.lower:
-            block.attn.points = len(times) if self.history else 1
+            block.attn.points = len(times)
         v = self.net(x.flatten(0, 1), times.repeat(len(x)), y.repeat_interleave(len(times)))
         return v.unflatten(0, x.shape[:2])
 
 
 def regress(task, student, points, times, y, share):
     """Fit path_loss with a share of the budget, on paths that are drawn again and again."""
-    steps = len(times) - 1
-
     def loss():
-        i = torch.randint(len(y), (BATCH // steps,))
+        i = torch.randint(len(y), (BATCH // (len(times) - 1),))     # BATCH points: the cost is by tokens
         return path_loss(student, points[i], times, y[i])
 
     return task.fit(student, loss, 3 * BATCH, share)
 
 
 def few_steps(task, steps, history=False):
-    """Few steps for the teacher's 49; half of the budget makes its paths. One is regression on the pairs (z, x̂),
-    several with history ARD (2504.11295), its cost by tokens. Sampling evaluates the earlier points anew,
-    where one would keep their keys and values.
+    """steps = 1: regression on pairs (z, x̂); more: step distillation, with history ARD (2504.11295). Half of
+    the budget makes the teacher's paths. Trained on their points, it samples on its own; the earlier ones are
+    evaluated anew, where one would keep their keys and values.
     """
     points, times, y = task.paths(task.teacher, steps, 1 / 2)
     ema = regress(task, Points(task.student(), history), points, times, y, 1 / 2)
@@ -221,9 +219,9 @@ def consistency_loss(student, teacher, x, y, noise):
 
 
 def consistency(task):
-    student = task.student()
-    loss = lambda: consistency_loss(student, task.teacher, *task.draw(BATCH))  # noqa: E731
-    return partial(one_step, task.fit(student, loss, (1 + 2 + 3) * BATCH))
+    u = task.student()
+    ema = task.fit(u, lambda: consistency_loss(u, task.teacher, *task.draw(BATCH)), (1 + 2 + 3) * BATCH)
+    return partial(one_step, ema)
 
 
 # ---- Scores: a second network follows the student's own flow.
@@ -254,14 +252,16 @@ def sid_loss(x, y, real, fake):
     return (weight * (x_real - x_fake) * (x_fake - x)).mean()
 
 
-def scores(task, loss, cost, n=BATCH // 2):
-    """cost: evaluations of a sample in the student's own step."""
+def scores(task, loss, cost, updates, n=BATCH // 2):
+    """cost: evaluations of a sample in the student's own step; updates: of the second network before it, at a
+    constant rate. n: half the batch, for twice the steps.
+    """
     student, fake = task.student(), task.student()
     optimizer = adamw(fake, task.lr)
 
     def step():
         fake.requires_grad_(True)
-        for _ in range(UPDATES):
+        for _ in range(updates):
             _, y, z = task.draw(n)
             with torch.no_grad():
                 x = one_step(student, z, y)
@@ -273,14 +273,14 @@ def scores(task, loss, cost, n=BATCH // 2):
         _, y, z = task.draw(n)
         return loss(one_step(student, z, y), y, task.teacher, fake)
 
-    return partial(one_step, task.fit(student, step, n * (cost + UPDATES * (1 + 3))))
+    return partial(one_step, task.fit(student, step, n * (cost + updates * (1 + 3))))
 
 
 # ---- Self-adversarial twins: TwinFlow (2512.05150), without its any-step term RCGM.
 
 class TwoTimes(nn.Module):
     """v(x, t, r), the mean velocity from t to r (r = t: the instantaneous one), at −t that of the student's
-    own samples. An embedding of r, zero at first, is added to that of t.
+    own samples. An embedding of r, zero at first, is added to that of t (by a hook: DiTDH has no r).
     """
     def __init__(self, net):
         super().__init__()
@@ -309,7 +309,7 @@ def twinflow_loss(net, x, y, z):
     x_t = (1 - column(t)) * fake + column(t) * noise
     twin = net(x_t, -t, y)
     with torch.no_grad():
-        d = (net(x_t, t, y) - twin).clamp(-1, 1)
+        d = (net(x_t, t, y) - twin).clamp(-1, 1)            # v_real − v_fake
     return ((twin - (noise - fake)).square().mean() + 0.5 * (v - (v + d).detach()).square().mean()
             + flow_matching_loss(net, x, y))
 
@@ -336,18 +336,20 @@ def drifting(task, student=None, mine=slice(None), first=0, share=1.0, **changes
 
 def several_students(task):
     """Two students, half the classes and half the budget each; a sample is one evaluation of one of them."""
-    half, samplers = task.teacher.num_classes // 2, []
+    half = task.teacher.num_classes // 2
+    samplers = []
     for first in (0, half):
-        student, mine = task.student(), task.labels // half == first // half
+        student = task.student()
+        mine = task.labels // half == first // half
         table = student.y_embedder["embedding_table"].weight.data
         table[:2 * half] = table[:2 * half].roll(-first, 0)     # its class c is first + c
         samplers.append(drifting(task, student, mine, first, 1 / 2, n_class=half))
 
-    def sampler(z, y):
-        low, high = (draw(z, y % half) for draw in samplers)
+    def both(z, y):
+        low, high = (sampler(z, y % half) for sampler in samplers)
         return torch.where(column(y < half), low, high)
 
-    return sampler
+    return both
 
 
 # ---- The rows
@@ -359,8 +361,8 @@ METHODS = {
     "regression": partial(few_steps, steps=1),
     "reflow": reflow,
     "consistency": consistency,
-    "dmd": partial(scores, loss=dmd_loss, cost=3 + 1 + 1),
-    "sid": partial(scores, loss=sid_loss, cost=3 + 2 + 2),
+    "dmd": partial(scores, loss=dmd_loss, cost=3 + 1 + 1, updates=5),     # as DMD2
+    "sid": partial(scores, loss=sid_loss, cost=3 + 2 + 2, updates=1),
     "twinflow": twinflow,
     "ard-4": partial(few_steps, steps=4, history=True),
     "step-4": partial(few_steps, steps=4),
@@ -402,7 +404,7 @@ def work(job):
     measure = Metrics(ours)
     images = generate(sampler, rae, measure.labels, Config(device="cpu"))
     digits = np.hstack(two_a_class(images).numpy())         # [28,20·28,3]
-    write_atomically(strip_of(out, row), partial(Image.fromarray(digits).save, format="PNG"))
+    write_atomically(strip_path(out, row), partial(Image.fromarray(digits).save, format="PNG"))
     return row | measure(images, measure.labels) | {"evaluations": task.spent, "seconds": seconds}
 
 
@@ -410,14 +412,15 @@ def two_a_class(images):
     return images.unflatten(0, (10, -1))[:, :2].transpose(0, 1).flatten(0, 1)
 
 
-def strip_of(out, row):
-    return out / "rivals" / "{space}-{method}-{seed}-{budget}.png".format(**row)
+def strip_path(out, row):
+    return out / "rivals" / "{space}-{method}-{seed}-{budget}-{lr}.png".format(**row)
 
 
 def rows_of(args):
     """What is known of each row of the command before it is computed."""
-    digest = hashlib.sha256((args.out / "teacher.pt").read_bytes()).hexdigest()[:16]
-    budget = BUDGET // (4 if args.rates else 10 if args.quick else 1)
+    teacher = args.out / ("teacher.pt" if args.space == "rae" else "vae64.pt")
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()[:16]
+    budget = BUDGET // (10 if args.quick else 1) // (4 if args.rates else 1)
     for seed in range(args.seeds):
         for method in args.methods:
             for lr in CANDIDATES if args.rates else [RATES.get(method, Config.lr)]:
@@ -427,7 +430,8 @@ def rows_of(args):
 
 def measure_all(args, path):
     """-> all rows of the command, in its order; path is written after each."""
-    saved, wanted = json.loads(path.read_text()) if path.exists() else [], list(rows_of(args))
+    saved = json.loads(path.read_text()) if path.exists() else []
+    wanted = list(rows_of(args))
     find = lambda known: [row for row in saved if known.items() <= row.items()]  # noqa: E731
     todo = [(args.out, known) for known in wanted if not find(known)]
     with (multiprocessing.get_context("spawn").Pool(min(args.jobs, len(todo) or 1), start_worker) as pool,
@@ -440,8 +444,9 @@ def measure_all(args, path):
     return [row for known in wanted for row in find(known)]
 
 
-def show(rows, names):
+def show(rows):
     """Mean and standard deviation over the seeds, of each method and learning rate."""
+    names = ["method", "lr", "nfe", "fd", "precision", "recall", "label_accuracy", "evaluations", "seconds"]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for key in dict.fromkeys((row["method"], row["lr"]) for row in rows):
         cells = [key[0]]
@@ -453,11 +458,11 @@ def show(rows, names):
         print(f"| {' | '.join(cells)} |")
 
 
-def draw(rows, ours, path, out):
-    """A strip a method, of seed 0: in all of them a column is the same class and the same noise."""
+def draw_strips(rows, ours, path, out):
+    """A strip a method, of seed 0: a digit's place stands for its class and, but in `real`, for its noise."""
     images = {"real": two_a_class(ours["images"])}
     for row in (row for row in rows if row["seed"] == 0):
-        strip = torch.from_numpy(np.array(Image.open(strip_of(out, row))))
+        strip = torch.from_numpy(np.array(Image.open(strip_path(out, row))))
         images[f"{row['method']}, {row['fd']:.2f}"] = strip.unflatten(1, (20, 28)).transpose(0, 1)
     write_atomically(path, partial(panels(images, rows=2).save, format="PNG"))
 
@@ -486,11 +491,9 @@ def main(argv=None):
         make_teacher(args.out / "teacher.pt")
     ours = open_space(args.out, args.space)[-1]             # trains the VAE, before there are workers
     rows = measure_all(args, args.out / ("rivals_rates.json" if args.rates else "rivals.json"))
-    if args.rates:
-        return show(rows, ["method", "lr", "fd", "recall", "label_accuracy"])
-    show(rows, ["method", "nfe", "fd", "precision", "recall", "label_accuracy", "evaluations", "seconds"])
-    name = "rivals.png" if args.space == "rae" else "rivals_vae.png"
-    draw(rows, ours, args.out / name, args.out)
+    show(rows)
+    if not args.rates:
+        draw_strips(rows, ours, args.out / f"rivals{'_vae' * (args.space == 'vae')}.png", args.out)
 
 
 if __name__ == "__main__":
