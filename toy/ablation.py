@@ -6,8 +6,8 @@
     python toy/ablation.py --markdown          the tables from OUT/ablation.json; nothing is run
 
 One teacher serves all rows; a seed is one distillation, its positives and noise. What a row leaves open is
-the default of drift_rae.py, at half its steps. The first row of a table is the reference; from it a difference
-is taken seed by seed, and called better or worse where its 95 % t-interval excludes 0: by chance 1 of 20 does.
+the default of drift_rae.py, at half its steps. The first row of a table is the reference; differences from it
+are taken seed by seed, and called better or worse where a 95 % t-interval excludes 0: by chance 1 of 20 does.
 """
 import argparse
 import hashlib
@@ -50,15 +50,15 @@ def counts(positives, negatives):
 
 
 SMALL, CLEAN, Y = counts(64, 64), dict(perturb=False), dict(y_softmax=True)
-TABLE_7 = {(64, 64): 1.94, (64, 128): 2.88, (64, 256): 4.95, (128, 64): 2.50, (128, 128): 1.87,
-           (256, 64): 4.66, (256, 256): 1.77}
+TABLE_7 = {(256, 256): 1.77, (256, 64): 4.66, (128, 128): 1.87, (128, 64): 2.50, (64, 256): 4.95,
+           (64, 128): 2.88, (64, 64): 1.94}
 TABLES = {  # the first row of each is the reference
     "3": ("Table 3: the three modifications",
           [Row("A: Deng et al.", SMALL | CLEAN | Y, 2.01), Row("B: Eq. (11), (12)", SMALL, 1.94),
            Row("C: B at 256/64+192", counts(256, 256), 1.77)]),
     "5": ("Table 5: perturbation and y-softmax, at 64/64",
-          [Row("clean, y-softmax", SMALL | CLEAN | Y, 2.01), Row("clean", SMALL | CLEAN, 2.44),
-           Row("perturbed, y-softmax", SMALL | Y, 2.14), Row("perturbed", SMALL, 1.94)]),
+          [Row("perturbed", SMALL, 1.94), Row("clean", SMALL | CLEAN, 2.44),
+           Row("perturbed, y-softmax", SMALL | Y, 2.14), Row("clean, y-softmax", SMALL | CLEAN | Y, 2.01)]),
     "7": ("Table 7: positives/negatives", [Row("%d/%d" % n, counts(*n), fid) for n, fid in TABLE_7.items()]),
     "6": ("Table 6: negatives with gradient (the paper: 1.77 to 1.80)",
           [Row(f"{n} of 256", dict(n_neg=n, n_extra_neg=256 - n)) for n in (64, 128, 256)]),
@@ -74,8 +74,7 @@ TABLES = {  # the first row of each is the reference
              [Row("perturbed", SMALL, longer=5), Row("clean", SMALL | CLEAN, longer=5),
               Row("from scratch", SMALL, 100.31, "scratch", 0, 5), Row("decode–encode", SMALL, 7.04, "pixels", 0, 5)]),
 }
-METRICS = {"fd": "Fréchet ↓", "precision": "precision ↑", "recall": "recall ↑", "label_accuracy": "label ↑",
-           "drift": "last drift"}
+METRICS = {"fd": "Fréchet ↓", "precision": "precision ↑", "recall": "recall ↑", "label_accuracy": "label ↑"}
 
 
 # ---- One run
@@ -126,7 +125,7 @@ def work(job):
     for w in guidances:
         sampler = partial(one_step, guide(student.student if start == "pixels" else student, w))
         images = generate(sampler, rae, measure.labels, cfg)
-        metrics[f"{w:g}"] = measure(images, measure.labels) | {"drift": drift[-1]}
+        metrics[f"{w:g}"] = measure(images, measure.labels)
     return run | {"metrics": metrics, "drift": drift}
 
 
@@ -190,37 +189,37 @@ def values(row, args, runs, metric="fd"):
             if (name := key(row.start, vars(cfg))) in runs}
 
 
-def mean_se(x):
+def mean_sd(x):
     mean = np.mean(x) if x else np.nan
-    return mean, np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+    return mean, np.std(x, ddof=1) if len(x) > 1 else np.nan
 
 
 def paired(a, b):
     """{seed: value} twice -> mean of a − b over the seeds of both, half its 95 % t-interval, verdict."""
     difference = [a[seed] - b[seed] for seed in a if seed in b]
-    mean, se = mean_se(difference)
-    half = se * stats.t.ppf(0.975, len(difference) - 1)
+    n = len(difference)
+    mean, sd = mean_sd(difference)
+    half = sd * stats.t.ppf(0.975, n - 1) / max(1, n)**0.5
     if mean + half < 0:
         return mean, half, "better"
-    return mean, half, "worse" if mean - half > 0 else "–"
+    return mean, half, "worse" if mean - half > 0 else ""
 
 
-def show(table, args, runs):
-    title, rows = TABLES[table]
-    lines = [["row", "seeds", *METRICS.values(), "paper's FID", "Δ Fréchet, 95 %", "verdict"]]
-    for row in rows:
-        fd = values(row, args, runs)
-        means = [mean_se([*values(row, args, runs, metric).values()]) for metric in METRICS]
-        mean, half, verdict = paired(fd, values(rows[0], args, runs))
-        difference = ["", "reference"] if row is rows[0] else [f"{mean:+.3f} ± {half:.3f}", verdict]
-        lines.append([row.name, str(len(fd)), *("{:.3f} ± {:.3f}".format(*pair) for pair in means),
-                      f"{row.paper:.2f}" if row.paper else "", *difference])
-    lines = [[cell.replace(" ± nan", "") for cell in line] for line in lines]       # of a single seed
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    print(f"\n**{title}**\n")
+def show(args, runs):
+    """One table for the page: mean ± standard deviation over the seeds, and the difference from the first row."""
+    lines = [["", "seeds", *METRICS.values(), "Δ Fréchet, 95 %", "", "paper's FID"]]
+    lines.append(["---"] * len(lines[0]))
+    for title, rows in (TABLES[table] for table in args.rows):
+        lines.append([f"**{title}**"] + [""] * (len(lines[0]) - 1))
+        for row in rows:
+            fd = values(row, args, runs)
+            mean, half, verdict = paired(fd, values(rows[0], args, runs))
+            difference = ["", "reference"] if row is rows[0] else [f"{mean:+.2f} ± {half:.2f}", verdict]
+            means = [mean_sd([*values(row, args, runs, metric).values()]) for metric in METRICS]
+            cells = ["{1:.{0}f} ± {2:.{0}f}".format(2 if i == 0 else 3, *pair) for i, pair in enumerate(means)]
+            lines.append([row.name, str(len(fd)), *cells, *difference, f"{row.paper:.2f}" if row.paper else ""])
     for line in lines:
-        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
+        print(f"| {' | '.join(line)} |".replace(" ± nan", ""))              # of a single seed
 
 
 def panel(table, args, runs):
@@ -234,7 +233,7 @@ def panel(table, args, runs):
                 x_log=log, y_ticks=names, legend={"better": "#229944", "worse than the first": "#c8102e"},
                 size=(680, 110 + 36 * len(rows)), right=80)
     for y, row, fd in zip(names, rows, fds):
-        mean, verdict = mean_se([*fd.values()])[0], paired(fd, fds[0])[2]
+        mean, verdict = mean_sd([*fd.values()])[0], paired(fd, fds[0])[2]
         axes.bar(mean, y, {"better": "#b5dfb5", "worse": "#f0b8b0"}.get(verdict, "#cfd8e6"))
         axes.points([*fd.values()], y, "#1f3f77")
         axes.diamonds(row.paper or np.nan, y)
@@ -286,8 +285,7 @@ def main(argv=None):
     args.rows = [table for table in args.rows if any(values(row, args, runs) for row in TABLES[table][1])]
     if not args.rows:
         raise ValueError(f"{path} has no run of these rows at {args.steps} steps: leave out --markdown")
-    for table in args.rows:
-        show(table, args, runs)
+    show(args, runs)
     if not args.markdown:
         pictures = {"ablation.png": sheet([panel(table, args, runs) for table in args.rows], 2)}
         if "guidance" in args.rows:
