@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import (RAE, Config, Decoder, DiTDH, ViT, build_rae, command, distil, encode,  # noqa: E402
                        laplace_noise, load, ode_sample, one_step, to_uint8, tokens, train_flow,
                        write_atomically)
+from toy.ablation import start_worker  # noqa: E402
 from toy.digits import DECODER, ENCODER, TEACHER, Metrics, fit, make_teacher  # noqa: E402
 from toy.plot import COLOURS, Axes, sheet  # noqa: E402
 
@@ -223,7 +223,6 @@ def drifted(model, space, steps, seed):
 
 def study(job):
     key, name, width, seed, path, steps = job       # width of a VAE's tokens, teacher.pt
-    torch.set_num_threads(1)            # small tensors; and the same bits however many workers there are
     torch.manual_seed(seed)
     checkpoint = load(path, lambda found: {k: found[k] for k in ("rae", "images", "labels", "judge")})
     metrics = Metrics(checkpoint)
@@ -297,17 +296,19 @@ def print_table(title, pairs, markdown):
         print(*("|" * markdown + text.ljust(width) for text, width in zip(line, widths)), "|" * markdown)
 
 
+def overview(run):
+    """What the page shows of a space."""
+    return ({k: v for k, v in run["statistics"][run["space"]].items() if "SE" not in k} | run["path"]
+            | {k: run["methods"][k]["fd"] for k in ("teacher, 50 steps", "distilled", "from scratch")})
+
+
 def print_tables(theorem, runs, markdown):
     show = partial(print_table, markdown=markdown)
+    show("Space; Fréchet distances", [(run["space"], overview(run)) for run in runs])
     show("Theorem 1, → 1", ((f"{row['setting']}, d = {row['d']}", {k: row[k] for k in list(row)[2:]})
                             for row in theorem if row["d"] in (16, 256, 4096)))
     show("Tables 1, 2", [row for run in [*runs, {"statistics": PAPER}] for row in run["statistics"].items()])
-    show("Figure 1", [(run["space"], run["path"]) for run in runs])
     show("Table 9", [(f"{run['space']}, {k}", row) for run in runs for k, row in run["methods"].items()])
-
-
-def silence():
-    sys.stderr = open(os.devnull, "w")      # two workers' bars would overwrite each other
 
 
 def main(argv=None):
@@ -334,7 +335,7 @@ def main(argv=None):
             for seed in range(args.seeds) for name in (("RAE-64", "VAE-64") if args.quick else WIDTHS)]
     done = json.loads(file.read_text())["runs"] if file.exists() else {}
     todo = [job for job in jobs if job[0] not in done]
-    with multiprocessing.get_context("spawn").Pool(args.workers, silence) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.workers, start_worker) as pool:
         for key, run in tqdm(pool.imap_unordered(study, todo), total=len(todo), desc="spaces × seeds"):
             done[key] = run
             result = json.dumps({"theorem1": theorem, "runs": done}, indent=1)
@@ -343,7 +344,6 @@ def main(argv=None):
     draw_theorem1(theorem, args.out / "theorem1.png")
     draw_curvature(runs, args.out / "curvature.png")
     print_tables(theorem, runs, args.markdown)
-    print(f"\ngeometry.json, theorem1.png and curvature.png are in {args.out}")
 
 
 if __name__ == "__main__":
