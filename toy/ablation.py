@@ -217,7 +217,7 @@ def show(args, runs):
             mean, half, verdict = paired(fd, values(rows[0], args, runs))
             difference = ["", "reference"] if row is rows[0] else [f"{mean:+.2f} ± {half:.2f}", verdict]
             means = [mean_sd([*values(row, args, runs, metric).values()]) for metric in METRICS]
-            cells = ["{1:.{0}f} ± {2:.{0}f}".format(2 if i == 0 else 3, *pair) for i, pair in enumerate(means)]
+            cells = [f"{m:.{2 + (i > 0)}f} ± {sd:.{2 + (i > 0)}f}" for i, (m, sd) in enumerate(means)]
             lines.append([row.name, str(len(fd)), *cells, *difference, f"{row.paper:.2f}" if row.paper else ""])
     for line in lines:
         print(f"| {' | '.join(line)} |".replace(" ± nan", ""))              # of a single seed

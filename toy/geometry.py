@@ -230,8 +230,7 @@ def study(job):
     raw = space.raw | {f"N(0, I), {space.latents.shape[1]} wide": torch.randn_like(space.latents)}
     views = {view: token_statistics(latents, space.labels) for view, latents in raw.items()}
     teacher, fresh = flow_teacher(space, steps[1], seed)
-    images = to_uint8(space.rae.decode(space.latents[::2]))     # of the half that Metrics measures by
-    rows = {"autoencoder": metrics(images, metrics.labels),
+    rows = {"autoencoder": metrics(to_uint8(space.rae.decode(space.latents[::2])), metrics.labels),
             "teacher, 50 steps": measure(partial(ode_sample, teacher), space, metrics)}
     students = {"teacher, 1 step": teacher, "distilled": drifted(teacher, space, steps[2], seed),
                 "untrained": fresh, "from scratch": drifted(fresh, space, steps[2], seed)}
@@ -296,15 +295,16 @@ def print_table(title, pairs, markdown):
         print(*("|" * markdown + text.ljust(width) for text, width in zip(line, widths)), "|" * markdown)
 
 
-def overview(run):
-    """What the page shows of a space."""
-    return ({k: v for k, v in run["statistics"][run["space"]].items() if "SE" not in k} | run["path"]
-            | {k: run["methods"][k]["fd"] for k in ("teacher, 50 steps", "distilled", "from scratch")})
+def overview(runs):
+    """For the page: a row a measure, a column a space."""
+    columns = [(run["space"], run["statistics"][run["space"]] | run["path"]
+                | {f"Fréchet, {k}": row["fd"] for k, row in run["methods"].items()}) for run in runs]
+    return [(name, {space: x}) for space, values in columns + [*PAPER.items()] for name, x in values.items()]
 
 
 def print_tables(theorem, runs, markdown):
     show = partial(print_table, markdown=markdown)
-    show("Space; Fréchet distances", [(run["space"], overview(run)) for run in runs])
+    show("", overview(runs))
     show("Theorem 1, → 1", ((f"{row['setting']}, d = {row['d']}", {k: row[k] for k in list(row)[2:]})
                             for row in theorem if row["d"] in (16, 256, 4096)))
     show("Tables 1, 2", [row for run in [*runs, {"statistics": PAPER}] for row in run["statistics"].items()])
