@@ -218,7 +218,8 @@ def show(args, runs):
             difference = ["", "reference"] if row is rows[0] else [f"{mean:+.2f} ± {half:.2f}", verdict]
             means = [mean_sd([*values(row, args, runs, metric).values()]) for metric in METRICS]
             cells = [f"{m:.{2 + (i > 0)}f} ± {sd:.{2 + (i > 0)}f}" for i, (m, sd) in enumerate(means)]
-            lines.append([row.name, str(len(fd)), *cells, *difference, f"{row.paper:.2f}" if row.paper else ""])
+            paper = f"{row.paper:.2f}" if row.paper else ""
+            lines.append([row.name, str(len(fd)), *cells, *difference, paper])
     for line in lines:
         print(f"| {' | '.join(line)} |".replace(" ± nan", ""))              # of a single seed
 
