@@ -45,15 +45,12 @@ CANDIDATES = (2e-4, 7e-4, 2e-3)
 RATES = {           # the best of these at a quarter of the budget, seed 0 (--rates); else Config's
     "regression": 7e-4, "reflow": 7e-4, "consistency": 7e-4, "dmd": 7e-4, "sid": 7e-4, "twinflow": 7e-4,
     "ard-4": 7e-4, "step-4": 7e-4, "drift-a": 7e-4, "drift-windows": 7e-4}
+RESULTS = ("fd", "precision", "recall", "label_accuracy", "evaluations", "seconds")
 NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # of a sample; else 1
 
 
 def column(t):
     return t.view(-1, 1, 1, 1)
-
-
-def adamw(model, lr):
-    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 class Task:
@@ -78,7 +75,7 @@ class Task:
         steps = int(share * self.budget) // cost
         self.spent += steps * cost
         ema = copy.deepcopy(student).requires_grad_(False)
-        optimizer = adamw(student, self.lr)
+        optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = self.lr * (1 - 0.99 * step / steps)
             optimizer.zero_grad()
@@ -165,8 +162,7 @@ def regress(task, student, points, times, y, share):
 
 def few_steps(task, steps, history=False):
     """steps = 1: regression on pairs (z, x̂); more: step distillation, with history ARD (2504.11295). Half of
-    the budget makes the teacher's paths. Trained on their points, it samples on its own; the earlier ones are
-    evaluated anew, where one would keep their keys and values.
+    the budget makes the teacher's paths. Trained on their points, it samples on its own, without a cache.
     """
     points, times, y = task.paths(task.teacher, steps, 1 / 2)
     ema = regress(task, Points(task.student(), history), points, times, y, 1 / 2)
@@ -257,7 +253,7 @@ def scores(task, loss, cost, updates, n=BATCH // 2):
     constant rate. n: half the batch, for twice the steps.
     """
     student, fake = task.student(), task.student()
-    optimizer = adamw(fake, task.lr)
+    optimizer = torch.optim.AdamW(fake.parameters(), task.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step():
         fake.requires_grad_(True)
@@ -399,7 +395,12 @@ def work(job):
     torch.manual_seed(row["seed"])
     task = Task(teacher, latents, ours["labels"], row["budget"], row["lr"], row["seed"])
     began = time.perf_counter()
-    sampler = METHODS[row["method"]](task)
+    try:
+        sampler = METHODS[row["method"]](task)
+    except (ValueError, RuntimeError) as error:
+        if "finite" not in str(error):                      # a gradient that is not: the row says NaN
+            raise
+        return row | dict.fromkeys(RESULTS, np.nan)
     seconds = time.perf_counter() - began
     measure = Metrics(ours)
     images = generate(sampler, rae, measure.labels, Config(device="cpu"))
@@ -434,7 +435,7 @@ def measure_all(args, path):
     wanted = list(rows_of(args))
     find = lambda known: [row for row in saved if known.items() <= row.items()]  # noqa: E731
     todo = [(args.out, known) for known in wanted if not find(known)]
-    with (multiprocessing.get_context("spawn").Pool(min(args.jobs, len(todo) or 1), start_worker) as pool,
+    with (multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(todo) or 1), start_worker) as pool,
           tqdm(total=len(todo), desc="rows") as bar):
         for row in pool.imap_unordered(work, todo):
             saved.append(row)
@@ -446,7 +447,7 @@ def measure_all(args, path):
 
 def show(rows):
     """Mean and standard deviation over the seeds, of each method and learning rate."""
-    names = ["method", "lr", "nfe", "fd", "precision", "recall", "label_accuracy", "evaluations", "seconds"]
+    names = ["method", "lr", "nfe", *RESULTS]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for key in dict.fromkeys((row["method"], row["lr"]) for row in rows):
         cells = [key[0]]
@@ -461,7 +462,7 @@ def show(rows):
 def draw_strips(rows, ours, path, out):
     """A strip a method, of seed 0: a digit's place stands for its class and, but in `real`, for its noise."""
     images = {"real": two_a_class(ours["images"])}
-    for row in (row for row in rows if row["seed"] == 0):
+    for row in (row for row in rows if row["seed"] == 0 and row["fd"] < np.inf):
         strip = torch.from_numpy(np.array(Image.open(strip_path(out, row))))
         images[f"{row['method']}, {row['fd']:.2f}"] = strip.unflatten(1, (20, 28)).transpose(0, 1)
     write_atomically(path, partial(panels(images, rows=2).save, format="PNG"))
@@ -476,10 +477,9 @@ def parse(argv):
     add("--space", choices=("rae", "vae"), default="rae", help="the teacher's, or a VAE's with its own flow")
     add("--quick", action="store_true", help="a tenth of the budget")
     add("--rates", action="store_true", help="try three learning rates at a quarter of the budget")
-    add("--jobs", type=int, default=os.cpu_count(), help="rows at a time, a thread each (default: all cores)")
     args = parser.parse_args(argv)
-    if min(args.seeds, args.jobs) < 1:
-        parser.error("--seeds and --jobs must be at least 1")
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     args.methods = args.methods or list(RATES if args.rates else METHODS)
     return args
 
