@@ -15,7 +15,7 @@ import argparse
 import copy
 import hashlib
 import json
-import multiprocessing
+import multiprocessing as mp
 import os
 import sys
 import tempfile
@@ -435,7 +435,7 @@ def measure_all(args, path):
     wanted = list(rows_of(args))
     find = lambda known: [row for row in saved if known.items() <= row.items()]  # noqa: E731
     todo = [(args.out, known) for known in wanted if not find(known)]
-    with (multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(todo) or 1), start_worker) as pool,
+    with (mp.get_context("spawn").Pool(min(os.cpu_count(), len(todo) or 1), start_worker) as pool,
           tqdm(total=len(todo), desc="rows") as bar):
         for row in pool.imap_unordered(work, todo):
             saved.append(row)
