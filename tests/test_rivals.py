@@ -1,7 +1,9 @@
 """toy/rivals.py: each loss vanishes where theory says so, budgets are counted, the script goes on."""
 import json
 import shutil
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -167,6 +169,17 @@ def test_budget(method, teacher, monkeypatch):
     task = rivals.Task(net, latents, ours["labels"], 16_000, 1e-3, 0)
     assert cost_of(method, task, monkeypatch) == task.spent
     assert 0.7 * task.budget < task.spent <= task.budget
+
+
+def test_a_run_that_diverges_is_a_row_of_nan(teacher, monkeypatch):
+    known = dict(method="drift", space="rae", seed=0, nfe=1, budget=1, lr=1.0)
+    monkeypatch.setitem(rivals.METHODS, "drift", Mock(side_effect=ValueError("the gradient is NaN or infinite")))
+    row = rivals.work((teacher.parent, known))
+    assert all(np.isnan(row[name]) for name in rivals.RESULTS)
+    rivals.show([row])
+    monkeypatch.setitem(rivals.METHODS, "drift", Mock(side_effect=ValueError("no latents")))
+    with pytest.raises(ValueError, match="no latents"):
+        rivals.work((teacher.parent, known))
 
 
 def test_the_command_and_its_next_sitting(teacher, tmp_path, capsys, monkeypatch):
