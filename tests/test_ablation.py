@@ -47,7 +47,7 @@ def test_equal_rows_are_one_run(out, tmp_path, capsys, monkeypatch):
     """C stands in all three tables, and guides its own students; a finished command runs nothing."""
     runs = json.loads((out / "ablation.json").read_text())["runs"]
     assert len(runs) == 5                                   # A, B, C, scratch, decode–encode
-    assert all(0 <= m["precision"] <= 1 for run in runs for m in run["metrics"].values())
+    assert all(0 <= m["precision"] <= 1 and run["drift"][-1] > 0 for run in runs for m in run["metrics"].values())
     monkeypatch.setattr(ablation.multiprocessing, "get_context", None)
     (out / "guidance.png").unlink()
     ablation.main(["--out", str(out), "--rows", "guidance", *FLAGS])
