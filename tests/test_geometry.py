@@ -101,7 +101,7 @@ def test_vae(teacher):
 def test_the_command_and_its_next_sitting(teacher, capsys, monkeypatch):
     """Tiny, but all of it, in its own processes."""
     monkeypatch.setattr(gm, "simulate", lambda largest, simulate=gm.simulate: simulate(16))
-    flags = ["--out", str(teacher.parent), "--quick", "--steps", "11", "11", "1", "--markdown"]
+    flags = ["--out", str(teacher.parent), "--quick", "--steps", "11", "11", "1"]
     gm.main(flags)
     said = capsys.readouterr().out
     for words in ("Theorem 1", "paper: RAE", "posterior mean", "N(0, I), 64 wide", "RAE-64, distilled"):

@@ -176,16 +176,21 @@ def curvature(path):
     return turn / v.norm(dim=-1), turn.sum(0)
 
 
-def flow_curvature(teacher, shape, n=32):
-    """Of n of the teacher's paths: κ·√dimensions over t, mean and 10th and 90th percentile [3,48]; means."""
+def ode_path(teacher, z, y):
+    """The grid points [50,n,D,h,w] of ode_sample's paths, from the noise z to the end."""
     path = []
 
     def record(x, t, y):
         path.append(x)
         return teacher(x, t, y)
 
-    path.append(ode_sample(record, torch.randn(n, *shape), torch.arange(n) % 10))
-    kappa, angle = curvature(torch.stack(path))
+    path.append(ode_sample(record, z, y))
+    return torch.stack(path)
+
+
+def flow_curvature(teacher, shape, n=32):
+    """Of n of the teacher's paths: κ·√dimensions over t, mean and 10th and 90th percentile [3,48]; means."""
+    kappa, angle = curvature(ode_path(teacher, torch.randn(n, *shape), torch.arange(n) % 10))
     scaled = kappa * math.prod(shape)**0.5                                  # by the length of the noise
     band = torch.stack([scaled.mean(1), scaled.quantile(0.1, 1), scaled.quantile(0.9, 1)])
     means = average([{"κ": kappa, "κ·√dimensions": scaled, "degrees turned": angle.rad2deg()}])
@@ -281,7 +286,7 @@ def cell(values):
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if values[1:] else "")
 
 
-def print_table(title, pairs, markdown):
+def print_table(title, pairs):
     rows = {}       # pairs: (name of the row, {column: value}), one for each seed
     for name, values in pairs:
         for column, value in values.items():
@@ -292,23 +297,18 @@ def print_table(title, pairs, markdown):
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
     for line in lines:
-        print(*("|" * markdown + text.ljust(width) for text, width in zip(line, widths)), "|" * markdown)
+        print("|", " | ".join(map(str.ljust, line, widths)), "|")
 
 
-def overview(runs):
-    """For the page: a row a measure, a column a space."""
+def tables(theorem, runs):
+    """Titles and rows of what is printed; the first is the page's, with a row a measure, a column a space."""
     columns = [(run["space"], run["statistics"][run["space"]] | run["path"]
                 | {f"Fréchet, {k}": row["fd"] for k, row in run["methods"].items()}) for run in runs]
-    return [(name, {space: x}) for space, values in columns + [*PAPER.items()] for name, x in values.items()]
-
-
-def print_tables(theorem, runs, markdown):
-    show = partial(print_table, markdown=markdown)
-    show("", overview(runs))
-    show("Theorem 1, → 1", ((f"{row['setting']}, d = {row['d']}", {k: row[k] for k in list(row)[2:]})
-                            for row in theorem if row["d"] in (16, 256, 4096)))
-    show("Tables 1, 2", [row for run in [*runs, {"statistics": PAPER}] for row in run["statistics"].items()])
-    show("Table 9", [(f"{run['space']}, {k}", row) for run in runs for k, row in run["methods"].items()])
+    yield "", [(key, {space: x}) for space, values in columns + [*PAPER.items()] for key, x in values.items()]
+    yield "Theorem 1, → 1", ((f"{row['setting']}, d = {row['d']}", {k: row[k] for k in list(row)[2:]})
+                             for row in theorem if row["d"] in (16, 256, 4096))
+    yield "Tables 1, 2", [row for run in [*runs, {"statistics": PAPER}] for row in run["statistics"].items()]
+    yield "Table 9", [(f"{run['space']}, {k}", row) for run in runs for k, row in run["methods"].items()]
 
 
 def main(argv=None):
@@ -318,7 +318,6 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS, metavar="N",
                         help=f"of VAE, flow and each student (default: {' '.join(map(str, STEPS))})")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as a page has them")
     parser.add_argument("--quick", action="store_true", help="RAE-64 and VAE-64, steps 200 200 20")
     if parser.parse_args(argv).quick:
         parser.set_defaults(steps=(200, 200, 20))
@@ -343,7 +342,8 @@ def main(argv=None):
     runs = [done[job[0]] for job in jobs]
     draw_theorem1(theorem, args.out / "theorem1.png")
     draw_curvature(runs, args.out / "curvature.png")
-    print_tables(theorem, runs, args.markdown)
+    for title, pairs in tables(theorem, runs):
+        print_table(title, pairs)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from drift_rae import (RAE, Attention, Config, Decoder, build_teacher, command, 
                        flow_matching_loss, generate, load, load_pair, ode_sample, one_step, write_atomically)
 from toy.ablation import start_worker  # noqa: E402
 from toy.digits import DECODER, Metrics, make_teacher  # noqa: E402
-from toy.geometry import vae64  # noqa: E402
+from toy.geometry import ode_path, vae64  # noqa: E402
 from toy.plot import panels  # noqa: E402
 
 BATCH = 256         # samples a step where nothing else is said
@@ -97,12 +97,8 @@ class Task:
         _, labels, noise = self.draw(n)
         grid = 1 - torch.linspace(0, 0.999, GRID)
         index = torch.linspace(0, GRID - 1, steps + 1).round().long()
-        points = []
-        for z, y in zip(noise.split(BATCH), labels.split(BATCH)):
-            path = [z]
-            for t, t_next in zip(grid[:-1], grid[1:]):
-                path.append(path[-1] + (t_next - t) * model(path[-1], t.expand(len(z)), y))
-            points.append(torch.stack([path[i] for i in index], 1))
+        points = [ode_path(model, z, y)[index].transpose(0, 1)
+                  for z, y in zip(noise.split(BATCH), labels.split(BATCH))]
         return torch.cat(points), torch.cat([grid[index[:-1]], torch.zeros(1)]), labels
 
 
