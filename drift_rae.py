@@ -527,25 +527,28 @@ def distil(student, source, labels, cfg, rae=None, state=None):
                for step in range(start, cfg.steps)}
     latents = positives(source, labels, [(step, int(c)) for step in classes for c in classes[step]], cfg, rae)
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
-    for step in trange(start, cfg.steps, initial=start, total=cfg.steps, desc="distil", disable=rank() > 0):
-        log, norm = train_step(net, ema, optimizer, zip(classes[step].tolist(), latents), step, cfg)
-        totals = torch.stack([*log.values(), torch.full_like(norm, len(signals))]) / cfg.n_class
-        if world() > 1:
-            distributed.all_reduce(totals)  # so all ranks stop at the same step
-        *means, stop = totals.tolist()
-        rows.append({"step": step, **dict(zip(log, means)), "grad_norm": norm.item(),
-                     "seconds": time.perf_counter() - began})
-        if rank() == 0 and (stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            saved = {"step": step + 1, "student": student.state_dict(), "ema": ema.state_dict(), "log": rows,
-                     "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(cfg)}
-            write_atomically(Path(cfg.out, "state.pt"), partial(torch.save, saved))
-            lines = [rows[0], *(row.values() for row in rows)]  # a dict's keys: the header
-            table = "\n".join(",".join(map(str, line)) for line in lines)
-            write_atomically(Path(cfg.out, "log.csv"), lambda file: file.write(table.encode()))
-        if stop:
-            break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        for step in tqdm(classes, "distil", total=cfg.steps, initial=start, disable=rank() > 0):
+            log, norm = train_step(net, ema, optimizer, zip(classes[step].tolist(), latents), step, cfg)
+            totals = torch.stack([*log.values(), torch.full_like(norm, len(signals))]) / cfg.n_class
+            if world() > 1:
+                distributed.all_reduce(totals)  # so all ranks stop at the same step
+            *means, stop = totals.tolist()
+            rows.append({"step": step, **dict(zip(log, means)), "grad_norm": norm.item(),
+                         "seconds": time.perf_counter() - began})
+            if rank() == 0 and (stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+                saved = {"student": student.state_dict(), "ema": ema.state_dict(), "log": rows,
+                         "optimizer": optimizer.state_dict(), "step": step + 1,
+                         "config": dataclasses.asdict(cfg)}
+                write_atomically(Path(cfg.out, "state.pt"), partial(torch.save, saved))
+                lines = [rows[0], *(row.values() for row in rows)]  # a dict's keys: the header
+                table = "\n".join(",".join(map(str, line)) for line in lines)
+                write_atomically(Path(cfg.out, "log.csv"), lambda file: file.write(table.encode()))
+            if stop:
+                break
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if stop:
         if world() > 1:
             distributed.barrier()  # until rank 0 has saved

@@ -86,7 +86,6 @@ def test_tables_are_the_naive_ones(tmp_path, capsys):
 
 def test_a_run_that_ends_in_nan_is_kept(teacher, monkeypatch):
     monkeypatch.setattr(ablation, "distil", Mock(side_effect=ValueError("the gradient is NaN")))
-    monkeypatch.setattr(ablation.signal, "signal", Mock())
     row, args = ablation.TABLES["7"][1][-1], ablation.parse(FLAGS)
     [cfg] = ablation.configs(row, args)
     runs = {ablation.key("teacher", vars(cfg)): ablation.work((teacher, "teacher", cfg, {0.0}))}

@@ -14,7 +14,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -117,7 +116,6 @@ def work(job):
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # distil leaves its own
             return run | {"metrics": {f"{w:g}": dict.fromkeys(METRICS, np.nan) for w in guidances}}
         log = np.atleast_1d(np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True))
     raw = np.mean([log[name] for name in log.dtype.names if name.startswith("drift_")], 0)   # [steps]
