@@ -53,7 +53,7 @@ def test_equal_rows_are_one_run(out, tmp_path, capsys, monkeypatch):
     ablation.main(["--out", str(out), "--rows", "guidance", *FLAGS])
     assert capsys.readouterr().out.count("| w = ") == 5 and Image.open(out / "guidance.png").width
     done = {ablation.key(run["start"], run["config"]): run for run in runs}
-    for flags, missing in (FLAGS, 23 - 5), ([*FLAGS, "--steps", "2"], 23), ([*FLAGS, "--seeds", "3"], 61 - 5):
+    for flags, missing in (FLAGS, 26 - 5), ([*FLAGS, "--steps", "2"], 26), ([*FLAGS, "--seeds", "3"], 70 - 5):
         assert len(ablation.jobs_to_do(ablation.parse(flags), done)) == missing
     shutil.copy(out / "ablation.json", tmp_path)
     (tmp_path / "teacher.pt").write_bytes(b"another")
