@@ -519,14 +519,14 @@ def distil(student, source, labels, cfg, rae=None, state=None):
         optimizer.load_state_dict(state["optimizer"])
         start, rows = state["step"], state["log"]
     net = torch.compile(student, dynamic=False) if cfg.compile else student
-    signals = []
-    handlers = {number: signal.signal(number, lambda *caught: signals.append(caught))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    known, mine = labels.max() + 1, slice(rank(), None, world())
-    classes = {step: seeded(cfg, step, 0, 1).choice(known, cfg.n_class, replace=False)[mine]
+    known = labels.max() + 1
+    classes = {step: seeded(cfg, step, 0, 1).choice(known, cfg.n_class, replace=False)[rank()::world()]
                for step in range(start, cfg.steps)}
     latents = positives(source, labels, [(step, int(c)) for step in classes for c in classes[step]], cfg, rae)
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
+    signals = []
+    handlers = {number: signal.signal(number, lambda *caught: signals.append(caught))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in tqdm(classes, "distil", total=cfg.steps, initial=start, disable=rank() > 0):
             log, norm = train_step(net, ema, optimizer, zip(classes[step].tolist(), latents), step, cfg)
