@@ -9,9 +9,9 @@ MNIST, Fréchet distance in a judge's features, 3 seeds: student in one step 3.0
 
 A Representation Autoencoder (RAE) is a frozen encoder, DINOv2, and a decoder trained to invert it:
 an image becomes a grid of tokens, its latents. The teacher is a flow among them, v(x, t | y): a
-DiT^DH that takes 50 steps to an image. The student starts as its copy and learns to take one step,
-by drifting: each token that it makes is pulled to real tokens of the class and pushed from its own
-others. Where both are distributed alike the two cancel: V = 0, and the student is done.
+DiT^DH that takes 49 steps to an image. The student starts as its copy and learns to take one step,
+by drifting: each token that it makes is pulled to real tokens of the class and pushed from the
+others that it makes. Where both are distributed alike, the two cancel: V = 0, and it is done.
 
 To read beside the paper; sections 1 to 4 are the method:
     1 Configuration   §4    Table 8: all constants
@@ -50,7 +50,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
 from tqdm import tqdm, trange
 
-# ---- 1  Configuration (§4, Table 8): a field is a flag, as in --n-pos 128, its comment the help
+# ---- 1  Configuration (§4, Table 8): each line is a flag, as in --n-pos 128, its comment the help
 
 @dataclass
 class Config:
@@ -59,7 +59,7 @@ class Config:
     n_pos: int = 256                  # real images a class, as many as negatives (Table 7)
     n_neg: int = 64                   # generated samples a class that carry gradient
     n_extra_neg: int = 192            # generated samples a class without gradient: modification 3
-    temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in mean distances
+    temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in units of S, the mean distance
     field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s (Table 3 A)
     perturb: bool = True              # Eq. (12), perturbed queries: modification 2
     windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
@@ -83,7 +83,7 @@ class Config:
     device: str = "auto"              # cpu or cuda; auto: cuda where there is one
     dtype: str = "fp32"               # bf16: autocast of the networks, not of the field
     compile: bool = False             # torch.compile the student in training
-    grad_checkpoint: bool = False     # less memory, more time
+    grad_checkpoint: bool = False     # recompute blocks in the backward pass: less memory
     workers: int = 4                  # processes a rank that read --data ahead
     batch_size: int = 256             # images a batch, in sampling and encoding
     sample: int = 0                   # only draw this many images, of all classes alike
@@ -100,7 +100,7 @@ PRESETS = {"digits": {}, "imagenet256": dict(
 
 @torch.no_grad()
 def drift_field(x, pos, neg, temperature, scale, *, noise=None):
-    """V of Eq. (11), [C,N,D]: where each generated token is to move, in latent units.
+    """V of Eq. (11), [C,N,D]: how each generated token is to move, in latent units.
     x     [C,N,D]  queries: token c of the N generated samples of one class
     pos   [C,P,D]  positives: the same token of real samples
     neg   [C,M,D]  negatives: generated samples, the first N being x itself
@@ -122,11 +122,11 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None):
 @torch.no_grad()
 def y_softmax_field(x, pos, neg, temperature, scale, *, noise=None):
     """What modification 1 replaces, as Deng et al. released it; arguments and units as above.
-    A weight is the root of a softmax over targets times one over samples, the "y-softmax"."""
+    Weights are √(softmax over the targets · softmax over the samples, the "y-softmax")."""
     query = x if noise is None else x + noise
     targets = torch.cat([neg, pos], 1)                       # [C,M+P,D]
     distance = torch.cdist(query, targets) / scale
-    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j
+    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j, but for the floor below
     logits = -distance / temperature
     affinity = logits.softmax(-1) * logits.softmax(-2)
     affinity = affinity.clamp(min=1e-6).sqrt()
@@ -149,29 +149,28 @@ def laplace_noise(x, generator=None):
 
 def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, field=drift_field,
                perturb=True, generator=None):
-    """Eq. (10), ‖G − sg[G + Ṽ]‖², Ṽ summed over the temperatures -> (loss [C], info).
+    """Eq. (10), ‖G − sg[G + Ṽ]‖² -> (loss [C], a mean over N and D; info).
     gen [C,N,D] with gradient, pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion.
-    info, 0-d: `scale`, S; `drift_τ`, the root mean square of ‖V_τ‖/S: how far samples are to move.
-    The units are those of Deng et al.'s code (the paper leaves them open), whose loss this is with
-    field=y_softmax_field, perturb=False. Eq. (10) sums over N and D, this is a mean."""
+    Ṽ is a sum over the temperatures: the direction of the paper's mean of losses. The units, which
+    it leaves open, are those of Deng et al.'s code (its loss: y_softmax_field, perturb=False).
+    Ṽ is normalised, so the loss hardly falls: watch info's `drift_τ`, rms ‖V_τ‖/S; `scale` is S."""
     gen, pos = at_least_float32(gen), at_least_float32(pos.detach())
     x = gen.detach()
     neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)
     targets = torch.cat([neg, pos], 1)
-    # S, the mean distance to a target, is the unit of τ and n, S/√D that of a coordinate. S and the
-    # root mean square below are one number for all samples and tokens of the call.
-    scale = torch.cdist(x, targets).mean().clamp(min=1e-3)
-    unit = (scale / x.shape[-1] ** 0.5).clamp(min=1e-3)
+    scale = torch.cdist(x, targets).mean().clamp(min=1e-3)   # S, one number: unit of τ and n
+    unit = (scale / x.shape[-1] ** 0.5).clamp(min=1e-3)      # S/√D: unit of a coordinate
     n = laplace_noise(x, generator) if perturb else torch.zeros_like(x)      # one n for all τ
     info = {"scale": scale}
     drift = torch.zeros_like(x)
-    for tau in temperatures:
-        with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for distances
-            V = field(x, pos, neg, tau, scale, noise=tau * scale * n)        # Eq. (11) at Eq. (12)
-        V_unit = V / unit
-        rms = V_unit.square().mean().clamp(min=1e-8).sqrt()
-        drift += V_unit / rms                                # Ṽ
-        info[f"drift_{tau:g}"] = rms
+    for temperature in temperatures:
+        noise = temperature * scale * n                      # Eq. (12): modification 2
+        with torch.autocast(x.device.type, enabled=False):   # its products would be in bf16
+            V = field(x, pos, neg, temperature, scale, noise=noise)          # Eq. (11)
+        V_scaled = V / unit
+        rms = V_scaled.square().mean().clamp(min=1e-8).sqrt()        # one number, too
+        drift += V_scaled / rms                              # Ṽ: as long, however small V is
+        info[f"drift_{temperature:g}"] = rms
     target = x / unit + drift                                # sg[G + Ṽ]
     loss = (gen / unit - target).square().mean((1, 2))
     return loss, info
@@ -191,9 +190,9 @@ def time_shift(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 def flow_matching_loss(model, latents, y, shift=1.0):
-    """Eq. (1)-(4): y_t = (1−t)·y + t·ε, v regresses ε − y. latents [B,D,h,w], y [B] -> scalar."""
+    """Eq. (1)-(4): x_t = (1−t)·x + t·ε, v regresses ε − x. latents x [B,D,h,w], classes y [B]."""
     noise = torch.randn_like(latents)
-    u = torch.rand(len(latents), device=latents.device)
+    u = torch.rand(len(latents), device=latents.device)      # released teachers: sigmoid(N(0, 1))
     t = time_shift(u, shift)
     t_column = t.view(-1, 1, 1, 1)
     v = model((1 - t_column) * latents + t_column * noise, t, y)
@@ -201,7 +200,7 @@ def flow_matching_loss(model, latents, y, shift=1.0):
 
 def train_flow(model, latents, labels, steps, *, batch_size=128, lr=1.5e-3, shift=1.0, decay=0.995,
                seed=0):
-    """Train a flow on latents [n,D,h,w], labels [n] -> the moving average of its weights."""
+    """Train the digits' teacher: latents [n,D,h,w], labels [n] -> moving average of the weights."""
     torch.manual_seed(seed)
     ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
@@ -240,28 +239,28 @@ def one_step(model, z, y):
     """Eq. (8): G(z) = z − v(z, 1), the student. z [B,D,h,w], y [B] -> latents [B,D,h,w]."""
     return z - model(z, torch.ones(len(z), device=z.device), y)
 
-# ---- 4  Distillation (§4): class by class, gradients accumulated over the classes of a step
+# ---- 4  Distillation (§4): class c by class, gradients accumulated over the classes of a step
 
 def class_loss(student, c, pos, step, cfg):
     """Loss of class c, a sum over the windows, and what to log; pos [P,D,h,w]: real latents."""
-    generator = torch_stream(cfg, "noise", step, c)
+    generator = torch_stream(cfg, "noise", step, c)          # the same whatever the rank
     n = cfg.n_neg + cfg.n_extra_neg
     z = torch.randn(n, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((n,), c, device=cfg.device)
-    extra_neg = z[cfg.n_neg:]
     with autocast(cfg):
-        # gen first: autocast keeps a weight once cast, and one cast under no_grad gives no gradient
+        # gen first: autocast may keep weights that it has cast, and without gradient under no_grad
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
+        extra_neg = gen[:0]                                  # none
         if cfg.n_extra_neg:
             with torch.no_grad():                            # modification 3
-                extra_neg = one_step(student, extra_neg, y[cfg.n_neg:])
+                extra_neg = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:])
     total = 0
     for window in cfg.windows:                               # (1,) in the paper
         latents = [tokens(x, window) for x in (gen, pos, extra_neg)]
         loss, info = drift_loss(*latents, cfg.temperatures, field=FIELDS[cfg.field],
                                 perturb=cfg.perturb, generator=generator)
         total = total + loss.mean()                          # over the tokens
-    return total, info | {"loss": total.detach()}            # info: of the last window
+    return total, info | {"loss": total.detach()}            # scale, drift: the last window's
 
 def train_step(student, ema, optimizer, batch, step, cfg):
     """One step, from noise to the moving average -> what to log, means over the step's classes.
@@ -276,8 +275,8 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     sum_over_ranks(log.values())
     norm = clip_grad_norm_(student.parameters(), cfg.clip)
     require(norm.isfinite(), f"NaN or infinite gradient at step {step}: is --lr too high?")
-    lr_final = cfg.lr * cfg.lr_final
-    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - lr_final) * step / cfg.steps
+    lowest = cfg.lr * cfg.lr_final
+    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - lowest) * step / cfg.steps
     optimizer.step()
     optimizer.zero_grad()
     warmth = min(1, step / cfg.ema_warmup)
@@ -285,7 +284,7 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     return log | {"grad_norm": norm}
 
 def distil(student, data, cfg, rae=None, state=None):
-    """cfg.steps steps on a copy of the teacher -> the moving average of its weights, in eval mode.
+    """Train `student`, a copy of the teacher -> the moving average of its weights, in eval mode.
     data, rae: as in `batches`. Writes OUT/log.csv and OUT/state.pt, from which state resumes."""
     student.eval()                                           # no label is dropped
     ema = deepcopy(student).requires_grad_(False)
@@ -371,7 +370,7 @@ class ViT(nn.Module):
         mlp_dim = int(mlp_ratio * embed_dim)
         blocks = [Block(embed_dim, num_heads, mlp_dim, 1e-6) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # likewise
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # of use to eval_fid.py alone
     def features(self, x):
         """Normalised images [B,3,H,W] -> class, register and patch tokens [B,1+R+N,D], no norm."""
         x = self.patch_embed(x)                              # [B,D,h,w]
@@ -612,7 +611,7 @@ class DiTDH(nn.Module):
 
 # A draw depends on seed, purpose and place, not on what was drawn before: so a resumed run draws
 # what an unbroken one does, and several ranks what one does.
-STREAMS = {"noise": 0, "positives": 1, "classes": 1, "samples": 2}
+STREAMS = {"noise": 0, "positives": 1, "classes": 1, "samples": 2}   # c = −1 sets classes apart
 
 def stream(cfg, purpose, index, c=-1):
     """NumPy's generator for a purpose at step (or of sample) `index`, perhaps of class c."""
@@ -693,8 +692,8 @@ def reading(path, mmap=False):
     try:
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        reason = str(error).partition("\n")[0]               # torch's advice takes pages
-        raise ValueError(f"cannot read {path}: {type(error).__name__}, {reason[:300]}") from error
+        reason = " ".join(str(error).split())[:300]          # torch's advice takes pages
+        raise ValueError(f"cannot read {path}: {type(error).__name__}, {reason}") from error
 
 @contextmanager
 def write_atomically(path, mode="wb"):
@@ -785,7 +784,7 @@ def save_grid(path, images, columns):
         save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=columns, padding=1)
 
 def sample(cfg):
-    """--sample: as many images of each class (§4) in --to FILE.npz (ADM's layout) or FILE.png."""
+    """--sample: as many images of each class (§4) to FILE.npz (for eval_fid.py) or FILE.png."""
     model, rae, _ = load_pair(Path(cfg.out, "student.pt"), cfg)
     sampler = partial(one_step, guide(model, cfg.guidance))
     names = cfg.classes.split(",") if cfg.classes else range(model.num_classes)
@@ -847,15 +846,13 @@ LIMITS = {"steps": (1, 1e9), "n_class": (1, 1e9), "n_pos": (1, 1e9), "n_neg": (2
 MAY_CHANGE = {"out", "resume", "device", "teacher", "data", "models", "workers", "save_every",
               "compile", "grad_checkpoint", "batch_size"}    # of a resumed run: where, not what
 
-def configure(given):
-    """Flags, which go before the preset -> Config, no saved state."""
-    cfg = Config(**PRESETS[given.get("preset", Config.preset)] | given)
+def check(cfg):
+    """ValueError for settings that cannot work."""
     for name, (low, high) in LIMITS.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             require(low <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value}")
     to_file = cfg.to.endswith((".npz", ".png"))
     require(to_file == bool(cfg.sample), "sampling takes --sample N --to FILE.npz or FILE.png")
-    return cfg, None
 
 def resume(given):
     """-> the saved Config, of which flags may change little, and the saved state."""
@@ -893,7 +890,7 @@ def connect(cfg):
 def run(cfg, state, began):
     """Distil; write student.pt, samples.png and, for the digits, metrics.json to OUT."""
     out = Path(cfg.out)
-    student, rae, ours = load_pair(cfg.teacher or out / "teacher.pt", cfg)   # a copy of the teacher
+    student, rae, ours = load_pair(cfg.teacher or out / "teacher.pt", cfg)   # the teacher's copy
     if cfg.data:
         reader = partial(read_image, size=rae.decoder.image_size)
         source = ImageFolder(cfg.data, loader=reader)
@@ -923,9 +920,12 @@ def run(cfg, state, began):
         save_grid(out / "samples.png", generate(partial(one_step, ema), rae, labels, cfg), 8)
 
 def main(argv=None):
-    began = perf_counter()
-    given = parse(argv)
-    cfg, state = resume(given) if given.get("resume") else configure(given)
+    began, given = perf_counter(), parse(argv)
+    if given.get("resume"):
+        cfg, state = resume(given)
+    else:
+        cfg, state = Config(**PRESETS[given.get("preset", Config.preset)] | given), None
+    check(cfg)
     if not (cfg.resume or cfg.sample):
         begin(cfg)
     connect(cfg)
@@ -941,7 +941,7 @@ def command(main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: a distillation goes on from its last save with --resume")
+        sys.exit("interrupted: what is saved is kept; drift_rae.py goes on with --resume")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(str(error).strip().rpartition("\n")[2])     # above it: a reader's traceback
 
