@@ -8,7 +8,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"     # here and in every process a test starts: only then are bits equal
+os.environ["OMP_NUM_THREADS"] = "1"     # in every process a test starts: only then are bits equal
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the CPU: two processes would ask for two GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
@@ -23,30 +24,38 @@ SCRIPT = Path(dr.__file__)
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """toy/digits.py's checkpoint, small, hardly trained, with 20 images a class; in a folder of odd name."""
+    """toy/digits.py's file, small, hardly trained, 20 images a class; in a folder of odd name."""
     path = tmp_path_factory.mktemp("teacher with space ü") / "teacher.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "make_judge", partial(digits.make_judge, 20))
-        patch.setattr(digits, "ENCODER", digits.ENCODER | dict(depth=1))
-        patch.setattr(digits, "DECODER", digits.DECODER | dict(width=32, depth=1, mlp_dim=64))
-        patch.setattr(digits, "TEACHER", digits.TEACHER | dict(hidden_size=(32, 48), depth=(1, 1)))
+        patch.setitem(digits.ENCODER, "depth", 1)
+        for name, value in {"width": 32, "depth": 1, "mlp_dim": 64}.items():
+            patch.setitem(digits.DECODER, name, value)
+        for name, value in {"hidden_size": (32, 48), "depth": (1, 1)}.items():
+            patch.setitem(digits.TEACHER, name, value)
         digits.make_teacher(path, steps=(11, 11, 11))
     saved = torch.load(path, weights_only=True)
-    kept = torch.cat([(saved["labels"] == c).nonzero()[:20, 0] for c in range(10)])
-    torch.save(saved | {"images": saved["images"][kept], "labels": saved["labels"][kept]}, path)
+    images, labels = saved["images"], saved["labels"]
+    first = torch.cat([torch.nonzero(labels == c)[:20, 0] for c in range(10)])
+    torch.save(saved | {"images": images[first], "labels": labels[first]}, path)
     return path
 
 
 @pytest.fixture
 def start():
-    """start(*flags) runs the script, with ranks=n under torchrun; what lives after the test is killed."""
+    """start(*flags) runs the script, with ranks=n under torchrun; what outlives the test is killed."""
     started = []
 
     def start(*flags, ranks=0, **how):
-        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}".split() if ranks else []
-        started.append(subprocess.Popen([sys.executable, *torchrun, SCRIPT, *map(str, flags)], text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how))
-        return started[-1]
+        torchrun = []
+        if ranks:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *torchrun, SCRIPT, *map(str, flags)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, **pipes, **how)
+        started.append(process)
+        return process
+
     yield start
     for process in started:
         process.kill()
@@ -64,7 +73,7 @@ def run(*flags):
 
 
 def sentence(*flags):
-    """What the command says as it refuses flags: one line, its handler's or, with code 2, argparse's."""
+    """What the command says as it refuses flags: one line, its handler's or argparse's (code 2)."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
         dr.command(partial(run, *flags))
@@ -77,10 +86,15 @@ def sentence(*flags):
 def weights(path):
     """Every tensor of a state.pt or student.pt, the optimizer's included."""
     saved = torch.load(path, weights_only=True)
-    tree = {part: saved[part] for part in ("ema", "student") if part in saved}
-    for i, moments in saved["optimizer"]["state"].items() if "optimizer" in saved else ():
-        tree[f"optimizer.{i}"] = moments
-    return {f"{part}.{name}": x for part in tree for name, x in tree[part].items()}
+    tensors = {}
+    for part in ("ema", "student"):
+        for name, x in saved.get(part, {}).items():
+            tensors[f"{part}.{name}"] = x
+    moments = saved.get("optimizer", {"state": {}})["state"]
+    for i in moments:
+        for name, x in moments[i].items():
+            tensors[f"optimizer.{i}.{name}"] = x
+    return tensors
 
 
 def same(a, b):
