@@ -191,7 +191,7 @@ def time_shift(u, shift):
 
 def flow_matching_loss(model, latents, y, shift=1.0):
     """Eq. (1)-(4): x_t = (1−t)·x + t·ε, v regresses ε − x. latents x [B,D,h,w], classes y [B]."""
-    noise = torch.randn_like(latents)
+    noise = torch.randn(latents.shape, device=latents.device)
     u = torch.rand(len(latents), device=latents.device)      # released teachers: sigmoid(N(0, 1))
     t = time_shift(u, shift)
     t_column = t.view(-1, 1, 1, 1)

@@ -1,7 +1,7 @@
-"""toy/geometry.py: statistics against closed forms and naive loops, Theorem 1's limits, the script itself."""
+"""toy/geometry.py, toy/vae.py: statistics in closed form and naive loops, limits, the command."""
 import json
 import math
-from functools import partial
+import shutil
 
 import numpy as np
 import pytest
@@ -9,112 +9,196 @@ import torch
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
-import toy.digits
-import toy.geometry as gm
+from drift_rae import ode_sample, one_step
+from toy import geometry, vae
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A checkpoint cut to 20 images of each class, hardly trained."""
-    path = tmp_path_factory.mktemp("geometry") / "teacher.pt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy.digits, "make_judge", partial(toy.digits.make_judge, 11))
-        toy.digits.make_teacher(path, steps=(11, 11, 11))
-    checkpoint = torch.load(path, weights_only=True)
-    few = {k: checkpoint[k].unflatten(0, (10, 500))[:, :20].flatten(0, 1) for k in ("images", "labels")}
-    torch.save(checkpoint | few, path)
-    return path
+def numbers(row):
+    return {name: value.item() for name, value in row.items()}
 
 
-def test_statistics_in_closed_form():
-    for d, rho, centre in ((3, 1.0, 0.0), (7, 2.5, -4.0)):                  # the poles themselves
-        eye = torch.eye(d, dtype=torch.float64) * rho
-        found = gm.statistics(torch.cat([eye, -eye]).unsqueeze(0) + centre)
-        expected = {"PR": 1, "SE": 1, "NN-d": rho * math.sqrt(2 / d), "S-MMD": 0}
-        assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("d, rho, centre", [(3, 1.0, 0.0), (7, 2.5, -4.0)])
+def test_the_poles_are_isotropic_and_their_own_reference(d, rho, centre):
+    eye = rho * torch.eye(d, dtype=torch.float64)
+    x = torch.cat([eye, -eye]) + centre
+    statistics = numbers(geometry.statistics(x.unsqueeze(0)))
+    expected = {"PR": 1, "SE": 1, "NN-d": rho * math.sqrt(2 / d), "S-MMD": 0}
+    assert statistics == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_line_has_one_dimension():
     g = torch.Generator().manual_seed(0)
-    found = gm.statistics(torch.randn(1, 50, 1, generator=g).double() * torch.arange(1.0, 9.0) + 5)  # a line
-    assert [found["PR"].item(), found["SE"].item()] == pytest.approx([1 / 8, 1 / 8], abs=1e-9)
-    # n samples of an isotropic Gaussian look less isotropic than it is: PR -> 1/(1 + d/n)
-    x = torch.randn(20, 174, 128, generator=g, dtype=torch.float64)
-    assert gm.statistics(x)["PR"].mean().item() == pytest.approx(1 / (1 + 128 / 174), abs=0.01)
+    along = torch.randn(1, 50, 1, generator=g).double()
+    x = along * torch.arange(1.0, 9.0) + 5
+    statistics = numbers(geometry.statistics(x))
+    assert statistics["PR"] == pytest.approx(1 / 8, abs=1e-9)
+    assert statistics["SE"] == pytest.approx(1 / 8, abs=1e-9)
 
 
-def naive(x):
-    """Eq. (47)-(53) of one token's samples x [n,d], in loops."""
-    n, d = x.shape
+def test_few_samples_look_less_isotropic_than_their_gaussian():
+    """PR of n samples -> 1 / (1 + d/n)."""
+    n, d = 174, 128
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20, n, d, generator=g, dtype=torch.float64)
+    mean = geometry.statistics(x)["PR"].mean().item()
+    assert mean == pytest.approx(1 / (1 + d / n), abs=0.01)
+
+
+def naive_kernel(a, b):
+    total = 0
+    for u in a:
+        for v in b:
+            total += math.exp(-np.linalg.norm(u - v) / math.sqrt(len(u)))
+    return total / (len(a) * len(b))
+
+
+def naive_nearest(x):
+    """Mean distance of a sample to its nearest."""
+    nearest = []
+    for i, a in enumerate(x):
+        distances = [np.linalg.norm(a - b) for b in np.delete(x, i, 0)]
+        nearest.append(min(distances))
+    return np.mean(nearest)
+
+
+def naive_statistics(x):
+    """Eq. (47)-(53) of one token's samples x [n,d]."""
+    d = x.shape[1]
     mu = np.linalg.eigvalsh(np.cov(x.T))
     p = mu / mu.sum()
-    nearest = [min(np.linalg.norm(x[a] - x[b]) for b in range(n) if b != a) for a in range(n)]
-    x = x - x.mean(0)
-    rho = np.mean([np.linalg.norm(a) for a in x])
-    poles = [sign * rho * np.eye(d)[k] for sign in (1, -1) for k in range(d)]
-
-    def kernel(a, b):
-        return np.mean([math.exp(-np.linalg.norm(u - v) / d**0.5) for u in a for v in b])
-
-    return (mu.sum()**2 / (d * (mu**2).sum()), math.exp(-(p * np.log(p)).sum()) / d,
-            np.mean(nearest) / d**0.5, kernel(x, x) + kernel(poles, poles) - 2 * kernel(x, poles))
+    centred = x - x.mean(0)
+    rho = np.mean([np.linalg.norm(a) for a in centred])
+    poles = np.concatenate([rho * np.eye(d), -rho * np.eye(d)])
+    to_itself = naive_kernel(centred, centred) + naive_kernel(poles, poles)
+    pr = mu.sum()**2 / (d * (mu**2).sum())
+    se = math.exp(-(p * np.log(p)).sum()) / d
+    nn_d = naive_nearest(x) / math.sqrt(d)
+    return pr, se, nn_d, to_itself - 2 * naive_kernel(centred, poles)
 
 
-def test_statistics_against_naive_loops():
+def naive_table(latents, labels):
+    """Means over classes and tokens."""
+    rows = []
+    for c in (0, 1):
+        x = latents[labels == c].double().flatten(2).numpy()        # [n,D,tokens]
+        for token in range(x.shape[2]):
+            rows.append(naive_statistics(x[:, :, token]))
+    return np.mean(rows, 0)
+
+
+def test_statistics_are_those_of_naive_loops_normalised_and_raw():
     g = torch.Generator().manual_seed(1)
-    raw, labels = torch.randn(24, 5, 2, 3, generator=g), torch.arange(24) % 2
+    raw = torch.randn(24, 5, 2, 3, generator=g)
     raw[:, 0] *= 3
-    views = (raw - raw.mean(0)) / raw.std(0), raw
-    classes = [x[labels == c].double().numpy() for x in views for c in (0, 1)]
-    rows = [[naive(x[:, :, i, j]) for i in range(2) for j in range(3)] for x in classes]
-    expected = np.reshape(rows, (2, 12, 4)).mean(1).flatten()
-    got = gm.token_statistics(raw, labels)
-    assert list(got) == ["PR", "SE", "NN-d", "S-MMD", "PR raw", "SE raw", "NN-d raw", "S-MMD raw"]
-    assert list(got.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+    labels = torch.arange(24) % 2
+    normalised = (raw - raw.mean(0)) / raw.std(0)
+    expected = [*naive_table(normalised, labels), *naive_table(raw, labels)]
+    table = geometry.token_statistics(raw, labels)
+    names = ["PR", "SE", "NN-d", "S-MMD", "PR raw", "SE raw", "NN-d raw", "S-MMD raw"]
+    assert table == pytest.approx(dict(zip(names, expected)), abs=1e-6)
 
 
-def test_curvature_of_known_curves():
+def test_a_circle_has_the_curvature_of_its_radius():
+    angle = torch.linspace(0, 2 * math.pi, 400, dtype=torch.float64)
+    circle = 3 * torch.stack([angle.cos(), angle.sin()], -1)
+    kappa, turned = geometry.curvature(circle.unsqueeze(1))
+    assert kappa.numpy() == pytest.approx(1 / 3, rel=1e-3)
+    assert turned.item() == pytest.approx(2 * math.pi, rel=0.01)
+
+
+def test_a_line_has_no_curvature_whatever_its_speed():
     t = torch.linspace(0, 1, 400, dtype=torch.float64)
-    circle = torch.stack([3 * (2 * math.pi * t).cos(), 3 * (2 * math.pi * t).sin()], -1)
-    line = torch.stack([t**2 + t, 2 * (t**2 + t)], -1)                      # at a changing speed
-    kappa, angle = gm.curvature(torch.stack([circle, line], 1))
-    assert kappa[:, 0].numpy() == pytest.approx(1 / 3, rel=1e-3)
-    assert kappa[:, 1].numpy() == pytest.approx(0, abs=1e-6)
-    assert angle.tolist() == [pytest.approx(2 * math.pi, rel=0.01), pytest.approx(0, abs=1e-6)]
+    x = t**2 + t
+    line = torch.stack([x, 2 * x], -1)
+    kappa, turned = geometry.curvature(line.unsqueeze(1))
+    assert kappa.numpy() == pytest.approx(0, abs=1e-6)
+    assert turned.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_theorem1():
-    # where τ is long against the spread of the distances, its limits
-    row = gm.average([gm.theorem1(512, *gm.SETTINGS["r = 1, τ = 4"], seed=seed) for seed in range(4)])
-    assert list(row.values()) == pytest.approx([1, 1, 1, 1], abs=0.1)
-    shares = [gm.average([gm.theorem1(64, None, tau, True)])["share_pos"] for tau in (0.2, 0.05, 0.02)]
-    assert shares[0] > 0.8 > 0.4 > shares[1] > 0.15 > shares[2]     # at the paper's τ it needs far more
+def test_theorem1_holds_where_tau_is_long_against_the_spread_of_distances():
+    setting = geometry.SETTINGS["r = 1, τ = 4"]
+    rows = [geometry.theorem1(512, *setting, seed=seed) for seed in range(4)]
+    means = geometry.average(rows)
+    assert means == pytest.approx({"v_pos2": 1, "v_neg": 1, "share_pos": 1}, abs=0.1)
 
 
-def test_vae(teacher):
+def test_theorem1_needs_more_dimensions_at_the_papers_temperatures():
+    shares = []
+    for tau in (0.2, 0.05, 0.02):
+        row = geometry.theorem1(64, None, tau, True)
+        shares.append(row["share_pos"].mean().item())
+    assert shares[0] > 0.8
+    assert 0.4 > shares[1] > 0.15 > shares[2]
+
+
+def test_divergence_is_that_of_two_gaussians():
     mean, log_var = torch.randn(2, 5, 3, 2, 2)
-    expected = kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(0.0, 1.0)).sum()
-    assert gm.divergence(mean, log_var).item() == pytest.approx(expected.item(), rel=1e-5)
-    latents, labels, vae, flow = gm.vae64(torch.load(teacher, weights_only=True), steps=(11, 11))
-    assert latents.mean(0).abs().max() < 1e-4 and (latents.var(0) - 1).abs().max() < 1e-4
-    images = vae.decode(gm.one_step(flow, latents, labels))
-    assert images.shape == (200, 3, 28, 28) and 0 <= images.min() and images.max() <= 1
+    posterior = Normal(mean, (log_var / 2).exp())
+    expected = kl_divergence(posterior, Normal(0.0, 1.0)).sum()
+    assert vae.divergence(mean, log_var).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_command_and_its_next_sitting(teacher, capsys, monkeypatch):
-    """Tiny, but all of it, in its own processes."""
-    monkeypatch.setattr(gm, "simulate", lambda largest, simulate=gm.simulate: simulate(16))
-    flags = ["--out", str(teacher.parent), "--quick", "--steps", "11", "11", "1"]
-    gm.main(flags)
-    said = capsys.readouterr().out
-    for words in ("Theorem 1", "paper: RAE", "posterior mean", "N(0, I), 64 wide", "RAE-64, distilled"):
-        assert words in said
-    file = teacher.with_name("geometry.json")
-    result = json.loads(file.read_text())
-    assert {run["space"] for run in result["runs"].values()} == {"RAE-64", "VAE-64"}
-    for run in result["runs"].values():
+def test_vae64_is_a_space_with_a_flow_and_comes_back_from_its_file(teacher, tmp_path):
+    checkpoint = torch.load(teacher, weights_only=True)
+    vae.make_vae64(tmp_path / "vae64.pt", checkpoint, steps=(11, 11))
+    flow, space = vae.read_vae64(tmp_path / "vae64.pt", checkpoint["labels"])
+    assert space.latents.mean(0).abs().max() < 1e-4
+    assert (space.latents.var(0) - 1).abs().max() < 1e-4
+    with torch.no_grad():
+        images = space.rae.decode(one_step(flow, space.latents, space.labels))
+    assert images.shape == (200, 3, 28, 28)
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_an_untrained_flow_gives_its_noise_and_training_changes_that():
+    noise, y = torch.randn(20, 64, 2, 2), torch.arange(20) % 10
+    space = vae.Space(None, noise, noise, y)
+    teacher, fresh = vae.flow_teacher(space, steps=11)
+    assert torch.equal(one_step(fresh, noise, y), noise)
+    assert not torch.equal(one_step(teacher, noise, y), noise)
+
+
+def test_a_path_of_the_flow_is_what_its_sampler_passes():
+    def velocity(x, t, y):
+        return torch.full_like(x, 2.0)
+
+    z = torch.randn(3, 6, 2, 2)
+    path = vae.ode_path(velocity, z, torch.zeros(3))
+    assert path.shape == (50, 3, 6, 2, 2)
+    assert torch.equal(path[0], z)
+    assert torch.equal(path[-1], ode_sample(velocity, z, torch.zeros(3)))
+
+
+@pytest.fixture
+def out(teacher, tmp_path, monkeypatch):
+    shutil.copy(teacher, tmp_path)
+    monkeypatch.setitem(geometry.QUICK, "steps", (11, 11, 1))
+    monkeypatch.setitem(geometry.QUICK, "dims", [4, 8, 16])
+    return tmp_path
+
+
+def test_the_command_goes_on_where_it_was(out, capsys):
+    """Tiny, but all of it, in its own processes; at its next call nothing is done again."""
+    flags = ["--out", str(out), "--quick"]
+    geometry.main(flags)
+    table = capsys.readouterr().out
+    for words in ("RAE-64", "VAE-64", "paper: RAE", "NN-d raw", "Fréchet, distilled", "posterior"):
+        assert words in table
+    saved = json.loads((out / "geometry.json").read_text())
+    runs = saved["runs"].values()
+    assert {run["space"] for run in runs} == {"RAE-64", "VAE-64"}
+    for run in runs:
         assert np.shape(run["band"]) == (3, 48)
-        assert run["methods"]["untrained"]["spread"] > 1    # G(z) = z: noise of the variance of all classes
-        run["path"]["κ"] = 12345.0
-    assert all(Image.open(teacher.with_name(f"{name}.png")).height >= 400 for name in ("theorem1", "curvature"))
-    file.write_text(json.dumps(result))
-    gm.main(flags)      # nothing is done again
-    assert capsys.readouterr().out.count("12345") == 2
-    assert json.loads(file.read_text()) == result
+        assert "N(0, I)" in run["statistics"]
+        assert len(run["methods"]) == 6
+        assert all(row["fd"] > 0 for row in run["methods"].values())
+        run["path"]["κ"] = 12345.0              # would be lost, were it computed again
+    text = json.dumps(saved)
+    (out / "geometry.json").write_text(text)
+    geometry.main(flags)
+    assert capsys.readouterr().out.count("12,345") == 2
+    assert (out / "geometry.json").read_text() == text
+    theorem = json.loads((out / "theorem1.json").read_text())
+    assert len(theorem) == 3 * len(geometry.SETTINGS)
+    for name in ("theorem1.png", "curvature.png"):
+        assert Image.open(out / name).height >= 400

@@ -1,19 +1,20 @@
-"""toy/rivals.py: each loss vanishes where theory says so, budgets are counted, the script goes on."""
+"""toy/rivals.py: losses vanish where theory says so, budgets are counted, the script goes on."""
 import json
+import math
 import shutil
-import signal
+from functools import partial
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from drift_rae import DiTDH, Config, encode, load_pair, ode_sample, one_step
-from toy import geometry, rivals
+from drift_rae import DiTDH, encode, load_pair, ode_sample, one_step
+from toy import rivals, vae
 
-SIZE = dict(input_size=2, in_channels=6, hidden_size=(16, 24), depth=(2, 1), num_heads=(2, 2), num_classes=4)
+SIZE = {"input_size": 2, "in_channels": 6, "hidden_size": (16, 24), "depth": (2, 1),
+        "num_heads": (2, 2), "num_classes": 4}
 
 
 @pytest.fixture
@@ -27,189 +28,325 @@ def net():
 
 @pytest.fixture
 def data(net):
-    return torch.randn(8, 6, 2, 2), torch.arange(8) % 4, torch.randn(8, 6, 2, 2)    # x, y, noise
+    """Real latents, labels, noise."""
+    x = torch.randn(8, 6, 2, 2)
+    return x, torch.arange(8) % 4, torch.randn(8, 6, 2, 2)
+
+
+def constant(x, t, y):
+    return torch.full_like(x, 2.0)
+
+
+def nothing(x, t, y):
+    return 0 * x
+
+
+def make_constant(net):
+    nn.init.zeros_(net.final_layer.linear.weight)
+    nn.init.constant_(net.final_layer.linear.bias, 2.0)
 
 
 def gradient(loss, net):
-    return sum(g.abs().sum().item() for g in torch.autograd.grad(loss, net.parameters(), allow_unused=True)
-               if g is not None)
+    total = 0
+    for g in torch.autograd.grad(loss, net.parameters(), allow_unused=True):
+        if g is not None:
+            total += g.abs().sum().item()
+    return total
 
+
+# ---- Regression
 
 def test_regression_is_zero_at_its_pairs(net, data):
     _, y, z = data
-    points, times = torch.stack([z, one_step(net, z, y).detach()], 1), torch.tensor([1.0, 0.0])
+    points = torch.stack([z, one_step(net, z, y).detach()], 1)
+    times = torch.tensor([1.0, 0.0])
     model = rivals.Points(net)
     assert rivals.path_loss(model, points, times, y) < 1e-10
     points[:, 1] += 0.5                 # ‖G(z) − x̂‖²
     assert rivals.path_loss(model, points, times, y).item() == pytest.approx(0.25, rel=1e-4)
 
 
-def test_a_path_in_four_steps(net, data):
-    """A teacher of constant velocity 2 is met by itself; what follows its paths ends where they do."""
-    def constant(x, t, y):
-        return torch.full_like(x, 2.0)
-
-    task = rivals.Task(net, *data[:2], 49 * 8, 1e-3, 0)
+def test_paths_are_the_samplers_at_four_of_its_times(net, data):
+    x, y, _ = data
+    task = rivals.Task(net, x, y, 49 * 8, 1e-3, 0)
     points, times, y = task.paths(constant, 4, 1)
-    assert points.shape == (8, 5, 6, 2, 2) and task.spent == 49 * 8
+    assert points.shape == (8, 5, 6, 2, 2)
+    assert task.spent == 49 * 8
     assert times.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=0.02)
-    assert torch.allclose(points[:, -1], ode_sample(constant, points[:, 0], y), atol=1e-5)
-    assert rivals.path_loss(constant, points, times, y) < 1e-3          # the last step is 0.001 shorter
-    assert rivals.path_loss(lambda x, t, y: 0 * x, points, times, y).item() == pytest.approx(4, abs=0.1)
-    nn.init.zeros_(net.final_layer["linear"].weight)
-    nn.init.constant_(net.final_layer["linear"].bias, 2.0)
-    for history in (False, True):       # 392 evaluations: four paths, no step of training
-        sampler = rivals.few_steps(rivals.Task(net, *data[:2], 49 * 8, 1e-3, 0), 4, history)
-        assert torch.allclose(sampler(data[2], data[1]), data[2] - 2, atol=1e-5)
+    end = ode_sample(constant, points[:, 0], y)
+    assert torch.allclose(points[:, -1], end, atol=1e-5)
+    assert rivals.path_loss(constant, points, times, y) < 1e-3      # the last step is 0.001 shorter
+    other = rivals.path_loss(nothing, points, times, y).item()
+    assert other == pytest.approx(4, abs=0.1)
 
 
-def test_history_is_causal(net, data):
-    """A point sees the earlier ones, not the later; alone it is the network itself."""
-    x, times, y = torch.randn(8, 3, 6, 2, 2), torch.tensor([1.0, 0.6, 0.3]), data[1]
-    before = net(x[:, 0], times[:1].expand(8), y)
-    model = rivals.Points(net, history=True)
-    v, later, earlier = model(x, times, y), x.clone(), x.clone()
-    assert torch.allclose(v[:, 0], before, atol=1e-5)
-    later[:, 2] += 1
-    earlier[:, 0] += 1
-    assert torch.allclose(model(later, times, y)[:, :2], v[:, :2], atol=1e-5)
-    assert (model(earlier, times, y)[:, 2] - v[:, 2]).abs().max() > 1e-3
-    assert torch.allclose(model(x[:, :2], times[:2], y), v[:, :2], atol=1e-5)
+@pytest.mark.parametrize("history", [False, True])
+def test_four_steps_of_a_constant_flow_end_where_it_does(net, data, history):
+    """392 evaluations: four paths, no step of training."""
+    x, y, z = data
+    make_constant(net)
+    task = rivals.Task(net, x, y, 49 * 8, 1e-3, 0)
+    sampler = rivals.few_steps(task, 4, history)
+    assert torch.allclose(sampler(z, y), z - 2, atol=1e-5)
 
 
-def test_consistency_is_zero_on_straight_paths(net, data):
-    """v = (x_t − x*)/t leads from everywhere straight to x*: the mean velocity is the velocity."""
+@pytest.fixture
+def three(net, data):
+    """A network with history, three points [8,3,6,2,2] of each path, and its velocities there."""
+    x = torch.randn(8, 3, 6, 2, 2)
+    times = torch.tensor([1.0, 0.6, 0.3])
+    first = net(x[:, 0], times[:1].expand(8), data[1])
+    model = partial(rivals.Points(net, history=True), y=data[1])
+    assert torch.allclose(model(x, times)[:, 0], first, atol=1e-5)     # alone it is the network
+    return model, x, times
+
+
+def test_a_point_sees_the_earlier_ones(three):
+    model, x, times = three
+    changed = x.clone()
+    changed[:, 0] += 1
+    difference = model(changed, times) - model(x, times)
+    assert difference[:, 2].abs().max() > 1e-3
+
+
+def test_a_point_does_not_see_the_later_ones(three):
+    model, x, times = three
+    expected = model(x, times)[:, :2]
+    changed = x.clone()
+    changed[:, 2] += 1
+    assert torch.allclose(model(changed, times)[:, :2], expected, atol=1e-5)
+    assert torch.allclose(model(x[:, :2], times[:2]), expected, atol=1e-5)
+
+
+def test_reflow_leaves_a_straight_flow_alone(net, data):
+    """But for the rate of training."""
+    x, y, z = data
+    make_constant(net)
+    task = rivals.Task(net, x, y, 4 * 3 * rivals.BATCH, 1e-3, 0)
+    sampler = rivals.reflow(task)
+    assert (sampler(z, y) - (z - 2)).abs().max() < 0.1
+
+
+# ---- Consistency
+
+def straight(x, t, y):
+    """From everywhere straight to 0.7: the mean velocity is the velocity."""
+    return (x - 0.7) / rivals.column(t)
+
+
+def square(x, t, y):
+    return 0 * x + rivals.column(t)**2      # the mean from 0 to t of three times itself
+
+
+def three_squares(x, t, y):
+    return 3 * square(x, t, y)
+
+
+def test_consistency_is_zero_at_the_mean_velocity(data):
     x, y, noise = data
-    straight = lambda x, t, y: (x - 0.7) / rivals.column(t)  # noqa: E731
     assert rivals.consistency_loss(straight, straight, x, y, noise) < 1e-3
-    v = lambda x, t, y: 0 * x + 3 * rivals.column(t)**2  # noqa: E731
-    u = lambda x, t, y: 0 * x + rivals.column(t)**2      # noqa: E731  ∫v from 0 to t, over t
-    assert rivals.consistency_loss(u, v, x, y, noise) < 1e-3
-    assert rivals.consistency_loss(v, v, x, y, noise) > 0.5
-    assert gradient(rivals.consistency_loss(net, net, x, y, noise), net) > 0    # a product through DiT^DH
+    assert rivals.consistency_loss(square, three_squares, x, y, noise) < 1e-3
+    assert rivals.consistency_loss(three_squares, three_squares, x, y, noise) > 0.5
 
 
-@pytest.mark.parametrize("loss", [rivals.dmd_loss, rivals.sid_loss])
-def test_scores_agree(loss, net, data):
-    """No gradient where both networks are one; where they differ x moves to the real one's x̂, here higher."""
-    x, y, z = data
-    student, other = (DiTDH(**SIZE).eval() for _ in range(2))
-    assert gradient(loss(one_step(student, z, y), y, net, net), student) < 1e-6
-    assert gradient(loss(one_step(student, z, y), y, net, other), student) > 1e-3
+def test_consistency_has_a_gradient_through_the_network(net, data):
+    x, y, noise = data
+    loss = rivals.consistency_loss(net, net, x, y, noise)
+    assert gradient(loss, net) > 0
+
+
+# ---- Scores
+
+LOSSES = [rivals.dmd_loss, rivals.sid_loss]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_scores_that_agree_give_no_gradient(loss, net, data):
+    _, y, z = data
+    student, other = DiTDH(**SIZE).eval(), DiTDH(**SIZE).eval()
+    x = one_step(student, z, y)
+    assert gradient(loss(x, y, net, net), student) < 1e-6
+    x = one_step(student, z, y)
+    assert gradient(loss(x, y, net, other), student) > 1e-3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_samples_move_to_what_the_real_score_expects(loss, data):
+    """Here higher: x̂_real − x̂_fake = t."""
+    def one(x, t, y):
+        return 0 * x + 1
+
+    x, y, _ = data
     x = x.requires_grad_()
-    real, fake = lambda x, t, y: 0 * x, lambda x, t, y: 0 * x + 1       # x̂_real − x̂_fake = t
-    g, = torch.autograd.grad(loss(x, y, real, fake), x)
-    assert (g < 0).all()
+    gradient, = torch.autograd.grad(loss(x, y, nothing, one), x)
+    assert (gradient < 0).all()
 
 
-def test_twins_agree(net, data):
-    """No rectification where v(x, t, t) = v(x, −t, −t); the embedding of r is without effect at first."""
-    x, y, z = data
-    model = rivals.TwoTimes(net)
+# ---- Twins
+
+def test_the_embedding_of_r_is_without_effect_at_first(net, data):
+    x, y, _ = data
     t = torch.rand(8)
-    assert torch.equal(model(x, t, y, 0 * t), net(x, t, y)) and torch.equal(model(x, t, y), net(x, t, y))
-    nn.init.normal_(model.embed[2].weight)
-    assert not torch.equal(model(x, t, y, 0 * t), model(x, t, y))
+    model = rivals.TwoTimes(net)
+    assert torch.equal(model(x, t, y, r=0), net(x, t, y))
+    assert torch.equal(model(x, t, y), net(x, t, y))
+    nn.init.normal_(model.embed.mlp[2].weight)
+    assert not torch.equal(model(x, t, y, r=0), model(x, t, y))
 
-    class Twins(nn.Module):             # v(x, t, t) = power of t; v(z, 1, 0) a parameter of its own
-        def __init__(self, power):
-            super().__init__()
-            self.power, self.jump = power, nn.Parameter(torch.tensor(0.3))
 
-        def forward(self, x, t, y, r=None):
-            return 0 * x + (rivals.column(t)**self.power if r is None else self.jump)
+class Twins(nn.Module):
+    """v(x, t, t) is a power of t, v(z, 1, 0) a parameter of its own."""
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+        self.jump = nn.Parameter(torch.tensor(0.3))
 
-    for power, sign in (2, 0), (1, -1):                                 # equal; d = 2t, so v(z, 1, 0) grows
-        twins = Twins(power)
-        rivals.twinflow_loss(twins, x, y, z).backward()
-        assert twins.jump.grad.sign() == sign
-    both = rivals.twinflow_loss(Twins(2), x, y, z).item()               # two regressions on ε − x remain
-    assert 2 < both < 8
+    def forward(self, x, t, y, r=None):
+        if r is None:
+            return 0 * x + rivals.column(t)**self.power
+        return 0 * x + self.jump
 
+
+@pytest.mark.parametrize("power, sign", [(2, 0), (1, -1)])
+def test_twins_move_the_student_by_their_difference(power, sign, data):
+    """None where v(x, t, t) = v(x, −t, −t); 2t for the power 1, so v(z, 1, 0) grows."""
+    twins = Twins(power)
+    rivals.twinflow_loss(twins, *data).backward()
+    assert twins.jump.grad.sign() == sign
+
+
+def test_twins_that_agree_leave_two_regressions(data):
+    """On ε − x."""
+    loss = rivals.twinflow_loss(Twins(2), *data).item()
+    assert 2 < loss < 8
+
+
+# ---- Two students
 
 def test_two_students_share_the_classes(net, data):
     """Each is the teacher of its half, before a step."""
-    x, _, z = data
-    task = rivals.Task(net, x.repeat(5, 1, 1, 1), torch.arange(40) % 4, 10, 1e-3, 0)
-    y = torch.arange(4).repeat(2)
-    assert torch.allclose(rivals.several_students(task)(z, y), one_step(net, z, y), atol=1e-5)
+    x, y, z = data
+    latents, labels = x.repeat(5, 1, 1, 1), y.repeat(5)
+    task = rivals.Task(net, latents, labels, 10, 1e-3, 0)
+    both = rivals.several_students(task)
+    assert torch.allclose(both(z, y), one_step(net, z, y), atol=1e-5)
 
 
-def test_reflow_straightens_its_pairs(net, data):
-    """On a flow that is straight already nothing changes but by the rate of training."""
-    nn.init.zeros_(net.final_layer["linear"].weight)
-    nn.init.constant_(net.final_layer["linear"].bias, 2.0)
-    task = rivals.Task(net, *data[:2], 4 * 3 * rivals.BATCH, 1e-3, 0)
-    assert (rivals.reflow(task)(data[2], data[1]) - (data[2] - 2)).abs().max() < 0.1
+# ---- Budgets
 
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Evaluations, counted at the networks' doors, where a product is 1: so it is 1 more here."""
+    spent = []
+    forward, jvp = DiTDH.forward, torch.func.jvp
 
-def cost_of(method, task, monkeypatch):
-    """Evaluations of a run, counted at the networks' doors."""
-    spent = [0]
-    forward = DiTDH.forward
-
-    def count(self, x, t, y):
+    def counted(self, x, t, y):
         v = forward(self, x, t, y)
-        learned = next(self.parameters()).requires_grad
-        spent[0] += len(x) * (1 + v.requires_grad * (1 + learned))
+        trained = next(self.parameters()).requires_grad
+        backward = v.requires_grad * (1 + trained)
+        spent.append(len(x) * (1 + backward))
         return v
 
-    jvp = torch.func.jvp
-    monkeypatch.setattr(DiTDH, "forward", count)
-    monkeypatch.setattr(torch.func, "jvp", lambda f, x, v: (spent.append(len(x[0])), jvp(f, x, v))[1])
-    rivals.METHODS[method](task)
-    return sum(spent)                   # a product counts 1 at the door
+    def counted_jvp(f, x, v):
+        spent.append(len(x[0]))
+        return jvp(f, x, v)
+
+    monkeypatch.setattr(DiTDH, "forward", counted)
+    monkeypatch.setattr(torch.func, "jvp", counted_jvp)
+    return spent
 
 
 @pytest.mark.parametrize("method", [name for name in rivals.METHODS if "teacher" not in name])
-def test_budget(method, teacher, monkeypatch):
-    """What a method says that it spent is what its networks did, and nearly all of the budget."""
-    net, rae, ours = load_pair(teacher, Config(device="cpu"))
-    latents = encode(rae, ours["images"], Config(device="cpu"))
+def test_a_method_spends_what_it_says_and_nearly_all_of_its_budget(method, teacher, evaluations):
+    net, rae, ours = load_pair(teacher, rivals.CPU)
+    latents = encode(rae, ours["images"], rivals.CPU)
     torch.manual_seed(0)
     task = rivals.Task(net, latents, ours["labels"], 16_000, 1e-3, 0)
-    assert cost_of(method, task, monkeypatch) == task.spent
+    rivals.METHODS[method](task)
+    assert sum(evaluations) == task.spent
     assert 0.7 * task.budget < task.spent <= task.budget
 
 
-def test_a_run_that_diverges_is_a_row_of_nan(teacher, monkeypatch):
-    """As it really happens, at an absurd rate; and the process can be terminated afterwards."""
-    before = signal.getsignal(signal.SIGTERM)
-    known = dict(method="drift", space="rae", seed=0, nfe=1, budget=4 * 3840, lr=1e9)
-    row = rivals.work((teacher.parent, known))
-    assert all(np.isnan(row[name]) for name in rivals.RESULTS)
-    assert signal.getsignal(signal.SIGTERM) is before
+# ---- The command
+
+def row_of_drifting(lr):
+    return {"method": "drift", "space": "rae", "seed": 0, "nfe": 1, "budget": 4 * 3840, "lr": lr}
+
+
+def test_a_run_that_diverges_is_a_row_of_nan(teacher):
+    """As it really happens, at an absurd rate."""
+    row = rivals.work((teacher.parent, "key", row_of_drifting(1e9)))
+    assert all(math.isnan(row[name]) for name in rivals.RESULTS)
     rivals.show([row])
-    monkeypatch.setitem(rivals.METHODS, "drift", Mock(side_effect=ValueError("no latents")))
+
+
+def test_other_errors_stop_the_command(teacher, monkeypatch):
+    broken = Mock(side_effect=ValueError("no latents"))
+    monkeypatch.setitem(rivals.METHODS, "drift", broken)
     with pytest.raises(ValueError, match="no latents"):
-        rivals.work((teacher.parent, known))
+        rivals.work((teacher.parent, "key", row_of_drifting(1e-3)))
 
 
-def test_the_command_and_its_next_sitting(teacher, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def out(teacher, tmp_path, monkeypatch):
     out = tmp_path / "rivals with space ü"
     out.mkdir()
-    shutil.copy(teacher, out / "teacher.pt")
+    shutil.copy(teacher, out)
     monkeypatch.setattr(rivals, "BUDGET", 80_000)
-    rivals.main(["--out", str(out), "--quick"])
-    rows = json.loads((out / "rivals.json").read_text())
-    assert {row["method"] for row in rows} == set(rivals.METHODS)
-    keys = "method space seed nfe fd precision recall label_accuracy evaluations seconds".split()
-    assert all(set(keys) <= set(row) and row["space"] == "rae" and row["evaluations"] <= 8000 for row in rows)
-    assert [row["nfe"] for row in rows if row["method"] in ("teacher-4", "step-4", "drift")] == [4, 4, 1]
-    rows[0]["fd"] = 12345.0             # would be lost, were it computed again
-    (out / "rivals.json").write_text(json.dumps(rows))
+    return out
+
+
+def runs_of(out, name):
+    saved = json.loads((out / name).read_text())
+    return saved["runs"]
+
+
+def first_cells(table):
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [line.split("|")[1].strip() for line in lines[2:]]       # below header and rule
+
+
+def test_the_command_computes_every_method_once(out, capsys):
+    flags = ["--out", str(out), "--quick"]
+    rivals.main(flags)
+    runs = runs_of(out, "rivals.json")
+    assert len(runs) == len(rivals.METHODS)
+    steps = {}
+    for row in runs.values():
+        assert row["space"] == "rae"
+        assert row["evaluations"] <= 8000
+        assert set(rivals.RESULTS) < set(row)
+        steps[row["method"]] = row["nfe"]
+        row["fd"] = 12345.0             # would be lost, were it computed again
+    assert (steps["teacher-4"], steps["step-4"], steps["drift"]) == (4, 4, 1)
     picture = Image.open(out / "rivals.png").size
+    saved = json.loads((out / "rivals.json").read_text())
+    (out / "rivals.json").write_text(json.dumps(saved | {"runs": runs}))
     capsys.readouterr()
-    rivals.main(["--out", str(out), "--quick"])
-    printed = capsys.readouterr().out
-    assert "12,345.00" in printed and Image.open(out / "rivals.png").size == picture
-    order = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert order == list(rivals.METHODS)
+    rivals.main(flags)
+    table = capsys.readouterr().out
+    assert table.count("12,345.00") == len(runs)
+    assert first_cells(table) == list(rivals.METHODS)
+    assert Image.open(out / "rivals.png").size == picture
+
+
+def test_rates_tries_three(out):
     rivals.main(["--out", str(out), "--rates", "--methods", "regression"])
-    rates = json.loads((out / "rivals_rates.json").read_text())
-    assert sorted(row["lr"] for row in rates) == list(rivals.CANDIDATES)     # as they are finished
-    monkeypatch.setattr(rivals, "vae64", lambda ours: geometry.vae64(ours, steps=(11, 11)))
-    rivals.main(["--out", str(out), "--quick", "--space", "vae", "--methods", "teacher-1", "drift"])
-    assert (out / "rivals_vae.png").exists() and (out / "vae64.pt").exists()
-    rows = json.loads((out / "rivals.json").read_text())
-    assert [row["space"] for row in rows] == ["rae"] * 15 + ["vae"] * 2
+    rates = [row["lr"] for row in runs_of(out, "rivals_rates.json").values()]
+    assert sorted(rates) == list(rivals.CANDIDATES)         # as they are finished
+
+
+def test_teachers_are_of_one_seed(out):
+    rivals.main(["--out", str(out), "--quick", "--seeds", "2", "--methods", "teacher-1", "drift"])
+    seeds = [row["seed"] for row in runs_of(out, "rivals.json").values()]
+    assert sorted(seeds) == [0, 0, 1]
+
+
+def test_the_space_of_a_vae_has_rows_of_its_own(out, monkeypatch):
+    monkeypatch.setattr(rivals, "make_vae64", partial(vae.make_vae64, steps=(11, 11)))
+    flags = ["--out", str(out), "--quick", "--space", "vae", "--methods", "teacher-1", "drift"]
+    rivals.main(flags)
+    assert (out / "vae64.pt").exists()
+    assert (out / "rivals_vae.png").exists()
+    spaces = [row["space"] for row in runs_of(out, "rivals_vae.json").values()]
+    assert spaces == ["vae", "vae"]

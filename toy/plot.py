@@ -1,92 +1,137 @@
 """Drawing with Pillow, for all of toy/: charts, and images side by side.
 
-    axes = Axes(title, x_label, y_label, (low, high), (low, high), x_log=True)   with these ranges of x and y
-    axes.line(x, y, colour, low, high)                      with a band, if low and high are given
-    axes.points(x, y, colour, x_error=e, y_error=e)         dots, e half the length of their error bars
-    axes.bar(x, y, colour)                                  a bar at y, from the left to x
-    axes.diamonds(x, y)                                     hollow: the paper's values
-    axes.text(x, y, text, colour)                           right of a point, or at an anchor (Pillow's)
-    axes.image()                                            the finished chart; these give images too:
-    panels({title: uint8 [n,H,W,3]}, rows, abreast, zoom)   each title's images as a grid, laid out row by row
-    sheet([image, …], abreast)                              images side by side, then below
+    axes = Axes(title, x_label, y_label, (low, high), (low, high))      the ranges of x and y
+    axes.line(x, y, colour, low, high)       with a band, if low and high are given
+    axes.bar(x, y, colour)                   a bar at y, from the left to x
+    axes.text(x, y, text, colour)            right of a point, or at an anchor (Pillow's)
+    panels({title: uint8 [n,H,W,3]}, rows)   an image: each title's tiles as a grid
+    note({text: colour}, size)               an image: lines of text
+    sheet([image, …], abreast)               an image: all of them side by side, then below
 
-x, y, errors: arrays, lists, CPU tensors, numbers. NaN is left out, what is out of range lies on the edge.
-Axes: y_ticks={0: "C", 1: "B"} for names, legend={text: colour}, size, font and right (margin) in pixels.
+x, y: arrays, lists, CPU tensors, numbers. NaN is left out; what is out of range lies on the edge.
+Axes takes {value: name} as ticks, {} for none, and {text: colour} as legend; sizes are in pixels.
 """
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 
 COLOURS = ("#1f60c4", "#ce5414", "#229944", "#8040a0", "#d8a000", "#c8102e", "#109a9a", "#606060")
 SPELLED = str.maketrans({"é": "e", "×": "x", "–": "-", "−": "-", "‖": "|", "→": "->", "√": "sqrt ",
-                         "²": "^2", "τ": "tau", "κ": "kappa", "⁺": "+", "⁻": "-"})   # Pillow's font is ASCII
-K = 2                                                    # charts are drawn twice as large, for smooth lines
+                         "²": "^2", "τ": "tau", "κ": "kappa", "Σ": "sum ", "⁺": "+", "⁻": "-"})
+K = 2                   # charts are drawn twice as large, for smooth lines; Pillow's font is ASCII
+THIN, THICK, TICK = K, 2 * K, 4 * K
+GRID, FRAME = "#dddddd", "#888888"
 
 
 def ticks(low, high, log):
-    sizes = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)]
-    step = next(s for s in sizes if high - low <= 6 * s)
+    """{value: name} of the round values from low to high."""
+    sizes = [digit * 10.0**e for e in range(-9, 10) for digit in (1, 2, 5)]
+    step = next(size for size in sizes if high - low <= 6 * size)
     values = step * np.arange(round(low / step), high / step + 0.01)
     if log:
         values = sizes[::3] if high > 150 * low else sizes
-    return {v: f"{v:g}" for v in values if low - 1e-6 * abs(low) <= v <= high + 1e-6 * abs(high)}
+    slack = 1e-6 * (high - low)
+    return {v: f"{v:g}" for v in values if low - slack <= v <= high + slack}
+
+
+def place(values, ends, log, pixels):
+    """Values on an axis with these ends -> where they lie between two pixels."""
+    values = np.clip(np.asarray(values, float), *ends)
+    if log:
+        values, ends = np.log(values), np.log(ends)
+    return np.interp(values, ends, pixels)
 
 
 class Axes:
-    def __init__(self, title, x_label, y_label, x, y, *, x_log=False, y_log=False, x_ticks=None, y_ticks=None,
-                 legend={}, size=(720, 440), font=15, right=24):
-        em = K * font
-        self.x, self.y, self.size, self.font = x, y, size, ImageFont.load_default(em)
-        self.fx, self.fy = (np.log if log else np.asarray for log in (x_log, y_log))
-        x_ticks, y_ticks = x_ticks or ticks(*x, x_log), y_ticks or ticks(*y, y_log)
-        head = "\n".join(filter(None, (title, y_label)))
-        left, top = em + max(map(self.font.getlength, y_ticks.values())), em * (2 + 1.35 * head.count("\n"))
-        right, bottom = K * (size[0] - right), K * size[1] - em * (1.8 + 1.3 * bool(x_label))
-        self.box = left, top, right, bottom
-        self.canvas = Image.new("RGB", (K * size[0], K * size[1]), "white")
+    def __init__(self, title, x_label, y_label, x, y, *, x_log=False, y_log=False, x_ticks=None,
+                 y_ticks=None, legend=None, size=(720, 440), font=15, right=24):
+        self.x, self.x_log = x, x_log
+        self.y, self.y_log = y, y_log
+        self.size = size
+        self.font = ImageFont.load_default(K * font)
+        width = K * size[0]
+        height = K * size[1]
+        self.canvas = Image.new("RGB", (width, height), "white")
         self.draw = ImageDraw.Draw(self.canvas, "RGBA")
+        em = K * font
+        x_ticks = ticks(*x, x_log) if x_ticks is None else x_ticks
+        y_ticks = ticks(*y, y_log) if y_ticks is None else y_ticks
+        names = map(self.font.getlength, y_ticks.values())
+        left = em + max(names, default=-em / 2)
+        right = width - K * right
+        head = "\n".join(filter(None, (title, y_label)))
+        top = em * (2 + 1.35 * head.count("\n"))
+        foot = 0.5 + 1.3 * bool(x_ticks) + 1.3 * bool(x_label)
+        self.frame = left, top, right, height - em * foot
         self.write(em / 2, em / 2, head, "la")
-        self.write((left + right) / 2, K * size[1] - em / 2, x_label, "ms")
-        for (px, _), text in zip(self.pixels(list(x_ticks), y[0]), x_ticks.values()):
-            self.draw.line((px, top, px, bottom + 8), "#dddddd", K)
-            self.write(px, bottom + 10, text, "ma")
-        for (_, py), text in zip(self.pixels(x[0], list(y_ticks)), y_ticks.values()):
-            self.draw.line((left - 8, py, right, py), "#dddddd", K)
-            self.write(left - 12, py, text, "rm")
-        self.draw.rectangle(self.box, outline="#888888", width=K)
-        for text, colour in reversed(legend.items()):
+        middle = (left + right) / 2
+        self.write(middle, height - em / 2, x_label, "ms")
+        self.grid(x_ticks, y_ticks)
+        for text, colour in reversed((legend or {}).items()):
             self.write(right, top - em / 2, text, "rs", colour)
             right -= self.font.getlength(text) + em
 
+    def grid(self, x_ticks, y_ticks):
+        left, top, right, bottom = self.frame
+        feet = self.pixels(list(x_ticks), self.y[0])
+        for (px, _), name in zip(feet, x_ticks.values()):
+            low = bottom + TICK
+            self.draw.line((px, top, px, low), GRID, THIN)
+            self.write(px, low + THIN, name, "ma")
+        feet = self.pixels(self.x[0], list(y_ticks))
+        for (_, py), name in zip(feet, y_ticks.values()):
+            start = left - TICK
+            self.draw.line((start, py, right, py), GRID, THIN)
+            self.write(start - THICK, py, name, "rm")
+        self.draw.rectangle(self.frame, outline=FRAME, width=THIN)
+
     def write(self, px, py, text, anchor, colour="black"):
-        self.draw.text((px, py), text.translate(SPELLED), colour, self.font, anchor)
+        text = text.translate(SPELLED)
+        self.draw.text((px, py), text, colour, self.font, anchor)
 
     def pixels(self, x, y):
-        left, top, right, bottom = self.box
-        px = np.interp(self.fx(np.asarray(x, float).clip(self.x[0])), self.fx(self.x), (left, right))
-        py = np.interp(self.fy(np.asarray(y, float).clip(self.y[0])), self.fy(self.y), (bottom, top))
-        return [p for p in zip(*map(np.ravel, np.broadcast_arrays(px, py))) if not np.isnan(p).any()]
+        left, top, right, bottom = self.frame
+        px = place(x, self.x, self.x_log, (left, right))
+        py = place(y, self.y, self.y_log, (bottom, top))
+        px, py = np.broadcast_arrays(px, py)
+        known = np.isfinite(px + py)
+        return list(zip(px[known], py[known]))
 
     def line(self, x, y, colour, low=None, high=None):
         if low is not None:
-            self.draw.polygon(self.pixels(x, low) + self.pixels(x, high)[::-1], colour + "28")
-        self.draw.line(self.pixels(x, y), colour, 2 * K, "curve")
+            there, back = self.pixels(x, low), self.pixels(x, high)
+            self.draw.polygon(there + back[::-1], colour + "28")
+        self.draw.line(self.pixels(x, y), colour, THICK, "curve")
 
-    def points(self, x, y, colour, radius=4, x_error=0, y_error=0):
-        x, y, dx, dy = np.broadcast_arrays(x, y, np.nan_to_num(x_error), np.nan_to_num(y_error))
-        across = zip(self.pixels(x - dx, y), self.pixels(x + dx, y))
-        for ends in [*across, *zip(self.pixels(x, y - dy), self.pixels(x, y + dy))]:
-            self.draw.line(ends, colour, 2 * K)
+    def points(self, x, y, colour, radius=4):
+        reach = np.full(2, K * radius)
         for centre in self.pixels(x, y):
-            self.draw.circle(centre, K * radius, colour)
+            corners = np.concatenate([centre - reach, centre + reach])
+            self.draw.ellipse(corners.tolist(), colour)
 
-    def bar(self, x, y, colour="#b4c6e4"):
-        for corners in zip(self.pixels(self.x[0], y + 0.35), self.pixels(x, y - 0.35)):
+    def arrows(self, x, y, dx, dy, colour="black"):
+        tails = self.pixels(x, y)
+        tips = self.pixels(x + dx, y + dy)
+        for tail, tip in zip(tails, tips):
+            along = np.subtract(tip, tail)
+            length = max(np.hypot(*along), 1e-6)
+            head = along * min(1, 5 * K / length)
+            side = np.array([-head[1], head[0]]) / 2
+            base = tip - head
+            self.draw.line((*tail, *base), colour, THIN)
+            corners = np.stack([tip, base + side, base - side])
+            self.draw.polygon(corners.ravel().tolist(), colour)
+
+    def bar(self, x, y, colour):
+        tops = self.pixels(self.x[0], y + 0.35)
+        ends = self.pixels(x, y - 0.35)
+        for corners in zip(tops, ends):
             self.draw.rectangle(corners, colour)
 
     def diamonds(self, x, y):
         for centre in self.pixels(x, y):
-            self.draw.regular_polygon((centre, 7 * K), 4, 45, None, "black", 2 * K)
+            circle = centre, 7 * K
+            self.draw.regular_polygon(circle, 4, 45, None, "black", THICK)
 
     def text(self, x, y, text, colour="black", anchor="lm"):
         for px, py in self.pixels(x, y):
@@ -96,25 +141,42 @@ class Axes:
         return self.canvas.resize(self.size, Image.LANCZOS)
 
 
-def panels(images, rows, abreast=3, zoom=2):
+def panels(images, rows):
     done = []
     for title, tiles in images.items():
-        tiles = tiles.permute(0, 3, 1, 2).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-        tiles = make_grid(tiles, len(tiles) // rows, padding=1, pad_value=150)
-        grid = Image.fromarray(tiles.permute(1, 2, 0).numpy())
+        across = len(tiles) // rows
+        tiles = tiles.permute(0, 3, 1, 2)                           # [n,3,H,W]
+        grid = make_grid(tiles, across, padding=1, pad_value=150)
+        grid = grid.permute(1, 2, 0).numpy()
+        grid = ImageOps.scale(Image.fromarray(grid), 2, Image.NEAREST)
         em = max(15, grid.width // 18)
-        panel = Image.new("RGB", (grid.width + em, grid.height + 3 * em), "white")
+        size = grid.width + em, grid.height + 3 * em
+        panel = note({title: "black"}, size, em)
         panel.paste(grid, (em // 2, 2 * em))
-        ImageDraw.Draw(panel).text((em / 2, em), title.translate(SPELLED), "black", anchor="lm", font_size=em)
         done.append(panel)
-    return sheet(done, abreast)
+    return sheet(done, 3)
+
+
+def note(lines, size, font=15):
+    image = Image.new("RGB", size, "white")
+    face = ImageFont.load_default(font)
+    draw = ImageDraw.Draw(image)
+    middle = font
+    for text, colour in lines.items():
+        text = text.translate(SPELLED)
+        draw.text((font / 2, middle), text, colour, face, "lm")
+        middle += 1.5 * font
+    return image
 
 
 def sheet(images, abreast):
+    rows = [images[i:i + abreast] for i in range(0, len(images), abreast)]
+    heights = [max(image.height for image in row) for row in rows]
     width = max(image.width for image in images)
-    lines = [images[i:i + abreast] for i in range(0, len(images), abreast)]
-    tops = np.cumsum([0] + [max(image.height for image in line) for line in lines]).tolist()
-    canvas = Image.new("RGB", (width * len(lines[0]), tops[-1]), "white")
+    size = width * len(rows[0]), sum(heights)
+    canvas = Image.new("RGB", size, "white")
     for i, image in enumerate(images):
-        canvas.paste(image, (i % abreast * width, tops[i // abreast]))
+        row, column = divmod(i, abreast)
+        top = sum(heights[:row])
+        canvas.paste(image, (width * column, top))
     return canvas

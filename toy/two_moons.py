@@ -32,7 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import command, drift_loss, laplace_noise, write_atomically  # noqa: E402
+from drift_rae import (command, drift_field, drift_loss, laplace_noise, write_atomically,  # noqa: E402
+                       y_softmax_field)
 from toy.plot import COLOURS, Axes, sheet  # noqa: E402
 
 SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
@@ -135,6 +136,8 @@ def run_cell(cell):
     identity = method == "identity path"
     noise = dim if identity else NOISE
     net = mlp(noise, dim, 0 if identity else 1)
+    field = y_softmax_field if "y_softmax" in METHODS[method] else drift_field
+    perturb = METHODS[method].get("perturb", True)
     phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else nn.Identity()
 
     def draw(n, g):
@@ -145,7 +148,7 @@ def run_cell(cell):
         return net(z) + z if identity else net(z)
 
     def loss(x, g):
-        return drift_loss(phi(x)[None], phi(draw(N, g))[None], generator=g, **METHODS[method])[0].sum()
+        return drift_loss(phi(x)[None], phi(draw(N, g))[None], generator=g, field=field, perturb=perturb)[0].sum()
 
     when = {round(steps * (1 - i / max(n_shots - 1, 1))**1.5) for i in range(n_shots)}
     opt = torch.optim.AdamW(net.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -194,13 +197,14 @@ def pictures(out, shots, dims):
     text = Image.new("RGB", images[0].size, "white")
     ImageDraw.Draw(text).text((10, 60), LEGEND, "black", font_size=13)
     image = sheet([*images[:len(dims)], text, *images[len(dims):]], len(dims) + 1).quantize(64)
-    write_atomically(out / "two_moons.png", lambda f: image.save(f, "PNG", optimize=True))
+    with write_atomically(out / "two_moons.png") as file:
+        image.save(file, "PNG", optimize=True)
     keys = [keys[max(len(dims) - 2, 0)], *keys[-3:]]
     frames = [sheet([*map(panel, keys, at_step)], 4) for at_step in zip(*(shots[key] for key in keys))]
     frames = [frame.quantize(palette=image, dither=Image.Dither.NONE) for frame in frames]
     durations = [120] * (len(frames) - 1) + [2500]                          # milliseconds
-    write_atomically(out / "two_moons.gif", lambda f: frames[0].save(
-        f, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0))
+    with write_atomically(out / "two_moons.gif") as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def print_table(rows):
@@ -241,7 +245,8 @@ def main(argv=None):
     with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, deaf) as pool:
         results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
     rows = [row for row, shots in results]
-    write_atomically(args.out / "two_moons.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    with write_atomically(args.out / "two_moons.json", "w") as file:
+        json.dump(rows, file, indent=1)
     pictures(args.out, {(r["regime"], r["dim"], r["method"]): shots for r, shots in results if shots}, dims)
     print_table(rows)
 
