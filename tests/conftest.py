@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,22 +44,23 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def start():
-    """start(*flags) runs the script, with ranks=n under torchrun; what outlives the test is killed."""
+    """start(*flags) runs the script in a session of its own, with ranks=n under torchrun."""
     started = []
 
-    def start(*flags, ranks=0, **how):
+    def start(*flags, ranks=0, script=SCRIPT):
         torchrun = []
         if ranks:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *torchrun, SCRIPT, *map(str, flags)]
+        command = [sys.executable, *torchrun, script, *map(str, flags)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, text=True, **pipes, **how)
+        process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
         started.append(process)
         return process
 
     yield start
-    for process in started:
-        process.kill()
+    for process in started:     # what outlives its test
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -69,7 +71,7 @@ def wait_until(condition, process):
 
 
 def run(*flags):
-    dr.main([str(f) for f in flags])
+    dr.main([str(flag) for flag in flags])
 
 
 def sentence(*flags):
@@ -81,6 +83,20 @@ def sentence(*flags):
         return err.getvalue().splitlines()[-1]
     assert len(stop.value.code.splitlines()) == 1
     return stop.value.code      # which sys.exit prints, and exits with 1
+
+
+def interrupted(step, *flags):
+    """What the command says as Ctrl-C comes at a step."""
+    train_step = dr.train_step
+
+    def broken(student, ema, optimizer, batch, at, cfg):
+        if at == step:
+            raise KeyboardInterrupt
+        return train_step(student, ema, optimizer, batch, at, cfg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dr, "train_step", broken)
+        return sentence(*flags)
 
 
 def weights(path):
@@ -97,11 +113,29 @@ def weights(path):
     return tensors
 
 
-def same(a, b):
+def difference(a, b):
+    """Of two state.pt or student.pt: the largest between two numbers; 0 where all are equal."""
     a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    largest = 0
+    for name in a:
+        error = (a[name] - b[name]).abs().max().item()
+        largest = max(largest, error)
+    return largest
 
 
-def table(path):
-    """log.csv without its last column, the seconds."""
-    return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+def steps_saved(out):
+    return len(torch.load(out / "state.pt", weights_only=True)["log"])
+
+
+def table(out):
+    """OUT/log.csv without its last column, the seconds."""
+    lines = (out / "log.csv").read_text().splitlines()
+    return [line.rpartition(",")[0] for line in lines]
+
+
+def assert_same_run(a, b):
+    """Two OUTs, bit for bit."""
+    assert difference(a / "state.pt", b / "state.pt") == 0
+    assert difference(a / "student.pt", b / "student.pt") == 0
+    assert table(a) == table(b)

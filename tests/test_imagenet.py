@@ -1,7 +1,7 @@
-"""A rehearsal of ImageNet on a CPU: the released files' formats, folders of images, several processes.
+"""A rehearsal of ImageNet on a CPU: the released files' formats, folders of images, processes.
 
-Tiny random weights under the released files' own keys (as in golden/rae.pt), generated PNGs and JPEGs,
-and the commands of the README's section on ImageNet-256.
+Tiny random weights under the released files' own keys (as in golden/rae.pt), generated PNGs and
+JPEGs, and the commands of the README's section on ImageNet-256.
 """
 import json
 import os
@@ -19,14 +19,52 @@ from torchvision.datasets import ImageFolder
 
 import drift_rae as dr
 import eval_fid
-from conftest import run, same, sentence, table, wait_until, weights
+from conftest import (SCRIPT, assert_same_run, difference, interrupted, run, sentence, steps_saved,
+                      table, wait_until)
 
 DECODER = "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 ENCODER = "dinov2_vitb14_reg4_pretrain.pth"
 STATISTICS = "stats/dinov2/wReg_base/imagenet1k/stat.pt"
 TEACHER = "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"
+TINY_VIT = (98, 14, 32, 3, 4)       # that of golden/rae.pt, in place of ViT-B/14
 TINY = "--n-class 2 --n-pos 6 --n-neg 3 --n-extra-neg 3 --workers 1 --batch-size 4".split()
-CLASSES, PER_CLASS = 3, 7
+CLASSES = 3
+STEPS = 30
+LAUNCHER = """
+import sys
+sys.path.insert(0, {folder!r})
+import drift_rae
+drift_rae.released_rae.__defaults__ = ({vit},)
+if __name__ == "__main__":
+    drift_rae.command(drift_rae.main)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_vit():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dr.released_rae, "__defaults__", (TINY_VIT,))
+        yield
+
+
+@pytest.fixture
+def launch(start, tmp_path):
+    """As `start`, with the tiny encoder."""
+    path = tmp_path / "launcher.py"
+    path.write_text(LAUNCHER.format(folder=str(SCRIPT.parent), vit=TINY_VIT))
+    return partial(start, script=path)
+
+
+def save_images(folder, seed):
+    """Seven noisy images of several sizes, modes and formats."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(7):
+        shape = (20 + 9 * i, 60 - 5 * seed, 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        mode = ["RGB", "L", "CMYK"][i % 3]
+        ending = "JPEG" if i % 3 else "png"
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{ending}")
 
 
 @pytest.fixture(scope="module")
@@ -37,156 +75,291 @@ def released(tmp_path_factory):
     torch.manual_seed(0)
     teacher = dr.DiTDH(4, 32, (32, 48), (2, 1), (4, 4), CLASSES)
     torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
-    for name, content in {DECODER: golden["decoder_state_dict"], ENCODER: golden["encoder_state_dict_native"],
-                          STATISTICS: golden["stats"], TEACHER: teacher.state_dict()}.items():
-        (root / "models" / name).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, root / "models" / name)
-    rng = np.random.default_rng(0)
+    contents = {DECODER: golden["decoder_state_dict"], STATISTICS: golden["stats"],
+                ENCODER: golden["encoder_state_dict_native"], TEACHER: teacher.state_dict()}
+    for name, content in contents.items():
+        path = root / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
     for c in range(CLASSES):
-        (root / "train" / f"n0{c}").mkdir(parents=True)
-        for i in range(PER_CLASS):
-            pixels = rng.integers(0, 256, (20 + 9 * i, 60 - 5 * c, 3), dtype=np.uint8)
-            image = Image.fromarray(pixels).convert(("RGB", "L", "CMYK")[i % 3])
-            image.save(root / "train" / f"n0{c}" / f"{i}{'.JPEG' if i % 3 else '.png'}")
+        save_images(root / "train" / f"n0{c}", seed=c)
     return root
 
 
-def command(root, out, steps, *more):
-    return ["--preset", "imagenet256", "--teacher", root / "models" / TEACHER, "--models", root / "models",
-            "--data", root / "train", "--out", out, "--steps", steps, *TINY, *more]
+def command(root, out, *more):
+    """Flags of the paper's run, but small; those in `more` go before."""
+    models = root / "models"
+    return ["--preset", "imagenet256", "--teacher", models / TEACHER, "--models", models,
+            "--data", root / "train", "--out", out, "--steps", STEPS, *TINY, *more]
 
 
-def test_rehearsal_train_kill_resume_sample_evaluate(released, tmp_path, start):
-    whole, out, samples, fid = (tmp_path / name for name in ("whole", "out", "samples.npz", "fid.json"))
-    run(*command(released, whole, 60))
-    process = start(*command(released, out, 60, "--save-every", 1))
-    wait_until((out / "state.pt").exists, process)
-    process.kill()
-    process.wait()
-    assert 0 < torch.load(out / "state.pt", weights_only=True)["step"] < 60
-    run("--resume", "--out", out, "--workers", 0)
-    assert all(same(whole / name, out / name) for name in ("state.pt", "student.pt"))
-    assert table(whole / "log.csv") == table(out / "log.csv")
-    assert Image.open(out / "samples.png").size == (8 * 17 + 1, 3 * 17 + 1)
-    run("--sample", 12, "--out", out, "--models", released / "models", "--to", samples, "--batch-size", 5)
+@pytest.fixture(scope="module")
+def whole(released, tmp_path_factory):
+    """OUT of an unbroken run of one process."""
+    out = tmp_path_factory.mktemp("whole")
+    run(*command(released, out))
+    return out
+
+
+# ---- Train, sample, evaluate
+
+def test_a_run_draws_a_row_of_each_class(whole):
+    """16 pixels and a line."""
+    width, height = Image.open(whole / "samples.png").size
+    assert width == 8 * 17 + 1
+    assert height == 3 * 17 + 1
+
+
+def test_samples_are_drawn_and_evaluated(released, whole, tmp_path):
+    samples, report = tmp_path / "samples.npz", tmp_path / "fid.json"
+    run("--sample", 12, "--out", whole, "--models", released / "models", "--to", samples)
     drawn = np.load(samples)
-    assert drawn["arr_0"].shape == (12, 16, 16, 3) and np.bincount(drawn["arr_1"]).tolist() == [4, 4, 4]
-    flags = samples, released / "train", "--json", fid, "--size", 16, "--features", "pixels"
+    assert drawn["arr_0"].shape == (12, 16, 16, 3)
+    assert drawn["arr_1"].tolist() == 4 * [0, 1, 2]
+    flags = [samples, released / "train", "--json", report, "--size", 16, "--features", "pixels"]
     eval_fid.main([str(flag) for flag in flags])
-    assert np.isfinite(json.loads(fid.read_text())["frechet_distance"])
+    assert np.isfinite(json.loads(report.read_text())["frechet_distance"])
 
 
-def test_teachers_of_every_released_form(released, tmp_path):
-    sd, path = torch.load(released / "models" / TEACHER, weights_only=True), tmp_path / "teacher.pt"
-    torch.save({"ema": sd, "model": {}}, path)
-    for prefix in (None, "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        if prefix is not None:
-            torch.save({prefix + key: value for key, value in sd.items()}, path)
-        model = dr.load_teacher(path)
-        assert model.state_dict().keys() == sd.keys() and not model.training
-        assert all(torch.equal(value, sd[key]) for key, value in model.state_dict().items())
+# ---- A break, and on
+
+def test_ctrl_c_reaches_the_readers_and_the_run_goes_on_as_if_unbroken(
+        released, whole, tmp_path, launch):
+    """As a terminal sends it, to all processes; the rest is read without readers."""
+    out = tmp_path / "out"
+    process = launch(*command(released, out, "--save-every", 1, "--workers", 2))
+    wait_until((out / "state.pt").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted: ")
+    assert 0 < steps_saved(out) < STEPS
+    run("--resume", "--out", out, "--workers", 0)
+    assert_same_run(whole, out)
 
 
-def test_released_files_that_are_missing_or_foreign_are_named(released, tmp_path):
-    models = shutil.copytree(released / "models", tmp_path / "models")
-    for name in (STATISTICS, DECODER, ENCODER):
-        torch.save({"a": torch.zeros(3)}, models / name)
-        flags = command(released, tmp_path / "out", 3, "--models", models)
-        assert f"{models / name} is damaged or not what belongs there" in sentence(*flags)
-        (models / name).unlink()
-        assert str(models / name) in sentence(*flags)
+def test_sigterm_to_the_group_ends_all_processes(released, tmp_path, launch):
+    """As schedulers send it: torchrun, two ranks and their readers, which hold stderr open."""
+    out = tmp_path / "out"
+    process = launch(*command(released, out, "--steps", 3000, "--save-every", 1), ranks=2)
+    wait_until((out / "state.pt").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert steps_saved(out) > 0
 
 
-def test_folders_that_do_not_hold_the_classes_are_refused(released, tmp_path):
-    data = tmp_path / "data"
-    says = lambda: sentence(*command(released, tmp_path / "out", 3, "--data", data))
-    assert str(data) in says()
-    data.mkdir()
-    assert str(data) in says()
-    for name, count in (("n00", 1), ("n01", 2), ("n02", 3), ("n03", 4)):
-        shutil.copytree(released / "train" / "n00", data / name)
-        assert count == 3 or f"classes of the teacher 3 = classes of images {count}" in says()
-    (data / "empty").mkdir()
-    assert "empty" in says()
+# ---- Several processes
 
-
-def test_positives_are_of_the_class_asked_for_and_mirrored_half_of_the_time(released):
-    pairs = [(step, c) for step in range(4) for c in range(CLASSES)]
-    source = ImageFolder(str(released / "train"), loader=partial(dr.read_image, size=16))
-    images, labels = np.stack([image.numpy() for image, _ in source]), np.array(source.targets)
-    rae = SimpleNamespace(encode=lambda images: images)                     # latents are the images
-
-    def drawn(n_pos=5, **flags):
-        """Class, index and whether mirrored of each positive, [3,n]."""
-        cfg, found = dr.Config(device="cpu", n_pos=n_pos, **flags), []
-        for (_, c), batch in zip(pairs, dr.positives(source, labels, pairs, cfg, rae), strict=True):
-            for x in (batch.permute(0, 2, 3, 1) * 255).round().byte().numpy():
-                found += [(c, i, mirrored) for i in range(len(images)) for mirrored in (0, 1)
-                          if (x == images[i, :, ::1 - 2 * mirrored]).all()]
-        assert len(found) == n_pos * len(pairs)
-        return np.array(found).T
-    classes, indices, mirrored = drawn(workers=2, flip=True)
-    assert (drawn(workers=0, flip=True) == (classes, indices, mirrored)).all()
-    assert (labels[indices] == classes).all() and 15 < mirrored.sum() < 45  # of 60
-    assert all(len(set(row)) == 5 for row in indices.reshape(-1, 5))        # without replacement
-    assert (drawn(workers=0) == (classes, indices, 0 * mirrored)).all()
-    classes, small, _ = drawn(9, workers=0)                                 # of 7 images, with replacement
-    assert (labels[small] == classes).all() and len(set(small)) > 15
-    digits = dr.positives(torch.arange(21), labels, pairs, dr.Config(device="cpu", n_pos=5))
-    assert torch.cat([*digits]).tolist() == indices.tolist()                # whose latents are in memory
-
-
-def test_images_are_cropped_to_the_middle(tmp_path):
-    Image.fromarray(np.tile(np.arange(100) // 50 * 255, (40, 1)).astype(np.uint8)).save(tmp_path / "a.png")
-    image = dr.read_image(tmp_path / "a.png", 8)
-    assert image.shape == (8, 8, 3) and image[:, :3].max() == 0 and image[:, 5:].min() == 255
-    assert dr.center_crop(Image.new("RGB", (5, 9)), 8).size == (8, 8)
-
-
-@pytest.mark.parametrize("bad,workers", [("n00/1.JPEG", 0), ("n01/3.png", 2)])
-def test_an_unreadable_image_stops_the_run_and_is_named(released, tmp_path, start, bad, workers):
-    data = shutil.copytree(released / "train", tmp_path / "train")
-    (data / bad).write_bytes((data / bad).read_bytes()[:300])
-    flags = command(released, tmp_path / "out", 30, "--data", data, "--n-pos", 7, "--workers", workers)
-    assert f"{data / bad} cannot be read, mend or remove it: " in sentence(*flags)
-    if workers:     # they must not keep the process alive
-        process = start(*flags)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 1 and str(data / bad) in err.splitlines()[-1] and "Traceback" not in err
-
-
-def together(process):
+def finish(process):
     _, err = process.communicate()
     assert process.returncode == 0, err
 
 
-def test_one_and_two_processes_train_and_sample_alike(released, tmp_path, start):
-    """Three classes: one rank has two of them. Two classes: one each."""
-    for n in (2, 3):
-        a, b = ([*command(released, tmp_path / name, 3), "--dtype", "fp32", "--n-class", n] for name in "ab")
-        run(*a)
-        together(start(*b, ranks=2))
-        one, two = (weights(tmp_path / name / "state.pt") for name in "ab")
-        assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
-        one, two = (np.loadtxt(table(tmp_path / name / "log.csv")[1:], delimiter=",") for name in "ab")
-        assert len(one) == 3 and np.allclose(one, two, rtol=1e-3)
-    teacher, student = (torch.load(path, weights_only=True) for path in (a[3], tmp_path / "a" / "state.pt"))
-    assert max((student["student"][k] - v).abs().max() for k, v in teacher.items()) > 2e-5     # it did move
-    models = released / "models"
-    sample = "--out", tmp_path / "a", "--models", models, "--sample", 11, "--batch-size", 2, "--to"
-    run(*sample, tmp_path / "a.npz")
-    together(start(*sample, tmp_path / "b.npz", ranks=2))
-    one, two = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and (one["arr_1"] == two["arr_1"]).all()
-    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "a.npz", "b.npz"}
+def assert_close(a, b):
+    """Two OUTs, whose gradients were summed in another order."""
+    assert difference(a / "state.pt", b / "state.pt") < 1e-5
+    one = np.loadtxt(table(a)[1:], delimiter=",")
+    two = np.loadtxt(table(b)[1:], delimiter=",")
+    assert np.allclose(one, two, rtol=1e-3)
 
 
-def test_sigterm_to_the_whole_group_saves_the_step(released, tmp_path, start):
-    """As schedulers and torchrun send it: to both ranks and to their readers, which must outlive the step."""
-    process = start(*command(released, tmp_path, 100_000, "--save-every", 1), ranks=2, start_new_session=True)
-    wait_until((tmp_path / "state.pt").exists, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate()
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert process.returncode and f"step {saved['step']} is saved, go on with --resume" in err
-    assert saved["step"] == len(saved["log"]) > 1 and len(table(tmp_path / "log.csv")) == saved["step"] + 1
+def test_two_processes_train_as_one(released, tmp_path, launch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    few = ["--steps", 3, "--dtype", "fp32"]
+    run(*command(released, a, *few))
+    finish(launch(*command(released, b, *few), ranks=2))
+    assert_close(a, b)
+    teacher = torch.load(released / "models" / TEACHER, weights_only=True)
+    student = torch.load(a / "state.pt", weights_only=True)["student"]
+    assert max((student[name] - teacher[name]).abs().max() for name in teacher) > 2e-5
+
+
+def test_a_run_goes_on_with_another_number_of_processes(released, tmp_path, launch):
+    """Of three classes a rank has two."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    few = ["--steps", 4, "--dtype", "fp32", "--n-class", 3]
+    run(*command(released, a, *few))
+    interrupted(1, *command(released, b, *few, "--save-every", 1))
+    assert steps_saved(b) == 1
+    finish(launch("--resume", "--out", b, ranks=2))
+    assert_close(a, b)
+
+
+# ---- The released files
+
+@pytest.mark.parametrize("form", ["raw", "ema"])
+def test_teachers_of_both_released_forms_are_read(released, tmp_path, form):
+    state_dict = torch.load(released / "models" / TEACHER, weights_only=True)
+    contents = {"raw": state_dict, "ema": {"ema": state_dict, "model": {}}}
+    torch.save(contents[form], tmp_path / "teacher.pt")
+    model = dr.load_teacher(tmp_path / "teacher.pt")
+    assert not model.training
+    loaded = model.state_dict()
+    assert loaded.keys() == state_dict.keys()
+    assert all(torch.equal(loaded[name], state_dict[name]) for name in loaded)
+
+
+@pytest.mark.parametrize("name", [STATISTICS, DECODER, ENCODER])
+def test_released_files_that_are_missing_or_foreign_are_named(released, tmp_path, name):
+    models = shutil.copytree(released / "models", tmp_path / "models")
+    flags = command(released, tmp_path / "out", "--models", models)
+    torch.save({"a": torch.zeros(3)}, models / name)
+    assert f"cannot read {models / name}: " in sentence(*flags)
+    (models / name).unlink()
+    assert f"cannot read {models / name}: FileNotFoundError" in sentence(*flags)
+
+
+# ---- Folders of images
+
+@pytest.fixture
+def refused(released, tmp_path):
+    """refused(*flags): the sentence about a run on tmp_path/data."""
+    return partial(sentence, *command(released, tmp_path / "out", "--data", tmp_path / "data"))
+
+
+def test_a_folder_without_classes_is_named(refused, tmp_path):
+    data = tmp_path / "data"
+    assert str(data) in refused()
+    data.mkdir()
+    assert str(data) in refused()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_folder_must_hold_the_classes(refused, released, tmp_path, count):
+    for c in range(count):
+        shutil.copytree(released / "train" / "n00", tmp_path / "data" / f"n0{c}")
+    assert f"classes of the teacher 3 = classes of images {count}" in refused()
+
+
+def test_a_class_without_images_is_named(refused, released, tmp_path):
+    data = shutil.copytree(released / "train", tmp_path / "data")
+    (data / "empty").mkdir()
+    assert "empty" in refused()
+
+
+@pytest.mark.parametrize("bad", ["n00/1.JPEG", "n01/3.png"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_the_run_and_is_named(refused, released, tmp_path, bad, workers):
+    path = shutil.copytree(released / "train", tmp_path / "data") / bad
+    path.write_bytes(path.read_bytes()[:300])
+    said = refused("--n-pos", 7, "--workers", workers)
+    assert f"{path} cannot be read, mend or remove it: " in said
+
+
+def test_readers_do_not_outlive_an_unreadable_image(released, tmp_path, launch):
+    path = shutil.copytree(released / "train", tmp_path / "data") / "n01/3.png"
+    path.write_bytes(b"")
+    flags = ["--data", tmp_path / "data", "--n-pos", 7, "--workers", 2]
+    process = launch(*command(released, tmp_path / "out", *flags))
+    _, err = process.communicate(timeout=120)       # until all have closed stderr
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert f"{path} cannot be read" in err.splitlines()[-1]
+
+
+def test_images_are_cropped_to_the_middle(tmp_path):
+    pixels = np.zeros((40, 100), np.uint8)
+    pixels[:, 50:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = dr.read_image(tmp_path / "a.png", 8)
+    assert image.shape == (8, 8, 3)
+    assert image[:, :3].max() == 0
+    assert image[:, 5:].min() == 255
+
+
+def test_small_images_are_enlarged():
+    assert dr.center_crop(Image.new("RGB", (5, 9)), 8).size == (8, 8)
+
+
+# ---- Positives
+
+@pytest.fixture(scope="module")
+def folder(released):
+    """The training images, 16 × 16."""
+    return ImageFolder(str(released / "train"), loader=partial(dr.read_image, size=16))
+
+
+def positives(folder, **flags):
+    labels = np.array(folder.targets)
+    cfg = dr.Config(device="cpu", n_class=CLASSES, steps=4, **flags)
+    return dr.Positives(folder, labels, cfg)
+
+
+def identify(image, folder):
+    """-> (index of the image, whether it is mirrored)."""
+    for i, (original, _) in enumerate(folder):
+        if torch.equal(image, original):
+            return i, False
+        if torch.equal(image, original.flip(1)):
+            return i, True
+    raise AssertionError("none of the training images")
+
+
+def drawn(folder, **flags):
+    """Per class and step: (class, index, whether mirrored) of each positive."""
+    data = positives(folder, **flags)
+    rows = []
+    for step in range(4):
+        for c in range(CLASSES):
+            label, images = data[step, c]
+            assert label == c
+            rows.append([(c, *identify(image, folder)) for image in images])
+    return np.array(rows)           # [12,n_pos,3]
+
+
+@pytest.mark.parametrize("n_pos", [5, 9])
+def test_positives_are_of_the_class_asked_for(folder, n_pos):
+    """Of 7 images 9 are drawn with replacement, 5 without."""
+    rows = drawn(folder, n_pos=n_pos)
+    classes, indices = rows[..., 0], rows[..., 1]
+    assert rows.shape == (12, n_pos, 3)
+    assert np.array_equal(np.array(folder.targets)[indices], classes)
+    assert len(np.unique(indices)) > 15             # of 21
+    if n_pos == 5:
+        assert all(len(set(row)) == 5 for row in indices)
+
+
+def test_half_of_the_positives_are_mirrored(folder):
+    plain = drawn(folder, n_pos=5)
+    mirrored = drawn(folder, n_pos=5, flip=True)
+    assert plain[..., 2].sum() == 0
+    assert 15 < mirrored[..., 2].sum() < 45         # of 60
+    assert np.array_equal(plain[..., :2], mirrored[..., :2])
+
+
+def test_positives_in_memory_are_those_of_the_folder(folder):
+    data = positives(folder, n_pos=5)
+    rows = drawn(folder, n_pos=5)
+    latents = dr.Positives(torch.arange(21), data.labels, data.cfg)
+    _, chosen = latents[3, 1]
+    assert chosen.tolist() == rows[3 * CLASSES + 1, :, 1].tolist()
+
+
+def read(folder, workers):
+    """The classes and positives of four steps; the latents are the images."""
+    data = positives(folder, n_pos=5, flip=True, workers=workers)
+    rae = SimpleNamespace(encode=torch.clone)
+    classes, latents = [], []
+    for step, batch in dr.batches(data, 0, data.cfg, rae):
+        for c, x in batch:
+            classes.append((step, c))
+            latents.append(x)
+    return classes, latents
+
+
+def test_readers_change_nothing(folder):
+    classes, images = read(folder, workers=0)
+    same_classes, same_images = read(folder, workers=2)
+    assert len(classes) == 4 * CLASSES
+    assert classes == same_classes
+    assert torch.equal(torch.stack(images), torch.stack(same_images))
+
+
+def test_what_is_read_are_the_positives_as_pixels(folder):
+    data = positives(folder, n_pos=5, flip=True)
+    classes, latents = read(folder, workers=0)
+    for item, x in zip(classes, latents):
+        _, images = data[item]
+        assert torch.equal(x, images.permute(0, 3, 1, 2) / 255)
