@@ -851,6 +851,7 @@ def check(cfg):
     for name, (low, high) in LIMITS.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             require(low <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value}")
+    require(len(cfg.betas) == 2, "betas takes two numbers")
     to_file = cfg.to.endswith((".npz", ".png"))
     require(to_file == bool(cfg.sample), "sampling takes --sample N --to FILE.npz or FILE.png")
 

@@ -281,6 +281,14 @@ def test_the_first_of_several_processes_samples_alone(lively, samples, tmp_path,
     assert np.array_equal(samples, np.load(to)["arr_0"])
 
 
+def test_pixels_are_rounded_not_cut():
+    levels = torch.tensor([-3, 0.4, 0.6, 254.6, 300])
+    images = (levels / 255).expand(1, 3, 1, 5)
+    pixels = dr.to_uint8(images)
+    assert pixels.shape == (1, 1, 5, 3)
+    assert pixels[0, 0, :, 2].tolist() == [0, 0, 1, 255, 255]
+
+
 @torch.no_grad()
 def naive_samples(path, labels, guidance):
     """uint8 [n,H,W,3]: z of sample i is drawn from its own stream."""
