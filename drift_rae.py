@@ -275,8 +275,7 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     sum_over_ranks(log.values())
     norm = clip_grad_norm_(student.parameters(), cfg.clip)
     require(norm.isfinite(), f"NaN or infinite gradient at step {step}: is --lr too high?")
-    lowest = cfg.lr * cfg.lr_final
-    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - lowest) * step / cfg.steps
+    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - cfg.lr * cfg.lr_final) * step / cfg.steps
     optimizer.step()
     optimizer.zero_grad()
     warmth = min(1, step / cfg.ema_warmup)
@@ -594,6 +593,7 @@ class DiTDH(nn.Module):
     @classmethod
     def from_state_dict(cls, sd):
         """Sizes are read off the tensors, the heads off the RoPE buffers; then a strict load."""
+        require(all(value.isfinite().all() for value in sd.values()), "it holds NaN or infinity")
         narrow, in_channels = sd["s_embedder.proj.weight"].shape[:2]
         wide = len(sd["x_embedder.proj.weight"])
         head_dims = [sd[f"{part}_feat_rope.freqs_cos"].shape[1] for part in ("enc", "dec")]

@@ -45,8 +45,10 @@ def place(values, ends, log, pixels):
 class Axes:
     def __init__(self, title, x_label, y_label, x, y, *, x_log=False, y_log=False, x_ticks=None,
                  y_ticks=None, legend=None, size=(720, 440), font=15, right=24):
-        self.x, self.x_log = x, x_log
-        self.y, self.y_log = y, y_log
+        self.x = x
+        self.x_log = x_log
+        self.y = y
+        self.y_log = y_log
         self.size = size
         self.font = ImageFont.load_default(K * font)
         width = K * size[0]
