@@ -277,7 +277,7 @@ def test_a_run_that_diverges_is_a_row_of_nan(teacher):
     """As it really happens, at an absurd rate."""
     row = rivals.work((teacher.parent, "key", row_of_drifting(1e9)))
     assert all(math.isnan(row[name]) for name in rivals.RESULTS)
-    rivals.show([row])
+    rivals.print_means([row], ["method"], rivals.RESULTS)
 
 
 def test_other_errors_stop_the_command(teacher, monkeypatch):

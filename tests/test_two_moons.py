@@ -1,101 +1,152 @@
-"""toy/two_moons.py in tiny runs: its measurements, the collapse and its cure, the command."""
+"""toy/two_moons.py in small runs: its data, its measures, the collapse and its cure, the command."""
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
+from drift_rae import command
 from toy import two_moons as tm
 
-COLUMNS = {"regime", "dim", "seed", "method", "energy_distance", "energy_floor", "spread_ratio", "v_pos",
-           "v_neg", "effective_positives", "attraction"}
+MEASURES = set(tm.DIGITS)
+CELLS = [("concentrated", "drift-rae", 2), ("concentrated", "drift-rae", 3),
+         ("scattered", "drift-rae", 2), ("scattered", "drift-rae", 3), ("scattered", "features", 3)]
 
 
-def cell(regime, dim, method="drift-rae", steps=100, seed=0, n_shots=0):
-    return tm.run_cell((regime, dim, seed, method, steps, n_shots))[0]
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
-def naive_forces(x, y, noise, y_softmax):
-    """Eq. (5) sample by sample in float64; with y_softmax, the weights of paper.md §6."""
-    x, y, noise = x.double(), y.double(), noise.double()
-    n, targets, total = len(x), torch.cat([x, y]), torch.zeros(3)
+def row_of(regime, method, dim, steps, seed=0):
+    return tm.run((regime, method, dim, seed, steps))[0]
+
+
+def test_moons_are_standardised():
+    points = tm.moons(100_000)
+    assert points.mean(0).abs().max() < 0.02
+    assert (points.std(0) - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dim", [3, 512])
+def test_noise_keeps_its_total_variance_or_the_width_of_the_moons(dim):
+    concentrated = tm.draw("concentrated", dim, 4000).var(0)
+    assert concentrated[:2].sum().item() == pytest.approx(2, abs=0.1)
+    expected = 0.2 * (dim - 2) / dim
+    assert concentrated[2:].sum().item() == pytest.approx(expected, rel=0.1)
+    scattered = tm.draw("scattered", dim, 4000).var(0)
+    assert scattered[2:].mean().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("regime", ["concentrated", "scattered"])
+def test_generator_starts_about_as_wide_as_the_data(regime):
+    data = partial(tm.draw, regime, 128)
+    samples = tm.make_generator(data)(torch.randn(4000, 8))
+    ratio = samples.std(0) / data(4000).std(0)
+    assert samples.shape == (4000, 128)
+    assert 0.8 < ratio.mean() < 1.2
+
+
+def test_energy_distance_of_two_points():
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert tm.energy_distance(points[:1], points[1:]).item() == pytest.approx(10)
+
+
+def test_energy_floor_is_the_mean_between_two_sets_of_data():
+    x, y = tm.moons(200 * 200).view(2, 100, 200, 2)
+    between = tm.energy_distance(x, y)
+    floor = 2 * tm.distance(y, y) / 200
+    assert between.item() == pytest.approx(floor.item(), rel=0.2)
+
+
+def naive_attraction(x, pos):
+    """Eq. (11)'s weights, one query and one positive at a time, in float64."""
+    x = x.double()
+    pos = pos.double()
+    targets = torch.cat([x, pos])
+    distances = [(a - b).norm() for a in x for b in targets]
+    scale = sum(distances) / len(distances)
+    lengths = []
+    counts = []
     for tau in (0.02, 0.05, 0.2):
-        query = x + tau * noise
-        kernel = torch.zeros(n, len(targets), dtype=torch.float64)
-        for j in range(n):
-            for i in set(range(len(targets))) - {j}:                        # k ≠ j
-                kernel[j, i] = math.exp(-(query[j] - targets[i]).norm() / tau)
-        for j, q in enumerate(query):
-            neg, pos = kernel[j, :n] / kernel[j, :n].sum(), kernel[j, n:] / kernel[j, n:].sum()
-            if y_softmax:
-                affinity = (kernel[j] / kernel[j].sum() * kernel[j] / kernel.sum(0)).clamp(min=1e-6).sqrt()
-                neg, pos = affinity[:n] * affinity[n:].sum(), affinity[n:] * affinity[:n].sum()
-            v_pos = sum(w * (t - q) for w, t in zip(pos, y))
-            v_neg = sum(w * (t - q) for w, t in zip(neg, x))
-            effective = sum(pos)**2 / sum(w**2 for w in pos)
-            total += torch.tensor([v_pos.norm(), v_neg.norm(), effective]) / (3 * n)
-    return total.tolist()
+        for query in x:
+            kernel = [math.exp(-(query - y).norm() / (tau * scale)) for y in pos]
+            weights = [k / sum(kernel) for k in kernel]
+            centre = sum(w * y for w, y in zip(weights, pos))
+            lengths.append(centre.norm())
+            counts.append(1 / sum(w * w for w in weights))
+    unit = sum(y.norm() for y in pos) / len(pos)
+    return sum(lengths) / len(lengths) / unit, sum(counts) / len(counts)
 
 
-@pytest.mark.parametrize("y_softmax", [False, True])
-def test_forces_equal_a_naive_loop(y_softmax):
-    g = torch.Generator().manual_seed(0)
-    x, y, noise = (spread * torch.randn(n, 5, generator=g) for n, spread in ((6, 0.2), (7, 0.2), (6, 1)))
-    found = tm.forces(x, y, noise, y_softmax)
-    assert list(found.values()) == pytest.approx(naive_forces(x, y, noise, y_softmax), abs=2e-5)
+def test_attraction_equals_a_naive_loop():
+    x = torch.randn(5, 6)
+    pos = torch.randn(7, 6)
+    length, count = tm.attraction(x, pos)
+    expected_length, expected_count = naive_attraction(x, pos)
+    assert length.item() == pytest.approx(expected_length.item(), abs=1e-5)
+    assert count.item() == pytest.approx(expected_count, abs=1e-4)
 
 
-def test_energy_distance():
-    assert tm.energy_distance(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])) == pytest.approx(10)
-    a, b = (tm.moons(1000, torch.Generator().manual_seed(s)) for s in (0, 1))
-    assert abs(tm.energy_distance(a, a)) < 1e-5 and 0 < tm.energy_distance(a, b) < 0.01
+def test_training_sees_the_first_coordinates_alone():
+    data = partial(tm.draw, "scattered", 6)
+    generator = tm.make_generator(data)
+    before = generator[-1].weight.clone()
+    steps = list(tm.train(generator, data, seen=2, steps=3))
+    moved = (generator[-1].weight != before).any(1)
+    assert steps == [0, 1, 2, 3]
+    assert moved.tolist() == [True, True, False, False, False, False]
 
 
-def test_map_finds_the_plane_and_drops_the_noise():
-    g = torch.Generator().manual_seed(0)
-    frame = torch.linalg.qr(torch.randn(64, 64, generator=g)).Q
-    columns = tm.concentrating_map(frame, 1.0, g)(frame.T)
-    assert columns.shape == (64, 2) and columns[:2].norm() > 1 and columns[2:].norm() < 0.01
+def test_scattered_data_collapses_concentrated_data_and_features_do_not():
+    collapsed = row_of("scattered", "drift-rae", 128, steps=200)
+    concentrated = row_of("concentrated", "drift-rae", 128, steps=200)
+    features = row_of("scattered", "features", 128, steps=200)
+    assert collapsed["spread_ratio"] < 0.6
+    assert collapsed["attraction"] < 0.3
+    for row in (concentrated, features):
+        assert 0.85 < row["spread_ratio"] < 1.15
+        assert row["attraction"] > 0.7
+        assert row["energy_distance"] < collapsed["energy_distance"] / 10
+        assert row["effective_positives"] < collapsed["effective_positives"] / 2
 
 
-def test_same_seed_same_row_and_pictures_change_no_number():
-    row = cell("scattered", 8, steps=6)
-    assert row == cell("scattered", 8, steps=6, n_shots=3) and row.keys() == COLUMNS
-    assert row["energy_distance"] != cell("scattered", 8, steps=6, seed=1)["energy_distance"]
+def run_command(out, *flags):
+    tm.main(["--out", str(out), *flags])
+    return json.loads((out / "two_moons.json").read_text())
 
 
-def test_scattered_data_collapses_concentrated_or_mapped_data_does_not():
-    fine = [cell("concentrated", 128), *(cell("scattered", 128, m) for m in ("features", "identity path"))]
-    collapsed = cell("scattered", 128)
-    assert collapsed["spread_ratio"] < 0.4 and all(0.8 < row["spread_ratio"] < 1.2 for row in fine)
-    assert all(row["energy_distance"] < collapsed["energy_distance"] / 4 for row in fine)
-    assert collapsed["attraction"] < fine[0]["attraction"] and collapsed["v_neg"] < 0.7 * collapsed["v_pos"]
-
-
-def test_y_softmax_collapses_where_the_single_softmax_does_not():
-    assert cell("scattered", 32, "baseline")["spread_ratio"] < 0.3
-    assert cell("scattered", 32)["spread_ratio"] > 0.6
-
-
-def test_command_writes_rows_pictures_and_table(tmp_path, capsys):
+def test_command_writes_rows_pictures_and_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tm, "DIMS", (2, 3))
+    monkeypatch.setattr(tm, "STEPS", 25)
     out = tmp_path / "a folder"
-    tm.main(["--out", str(out), "--seeds", "1", "--dims", "3", "2", "--steps", "4", "--workers", "1"])
-    rows = json.loads((out / "two_moons.json").read_text())
-    assert all(row.keys() == COLUMNS and all(map(math.isfinite, list(row.values())[4:])) for row in rows)
-    assert {(row["regime"], row["dim"], row["method"]) for row in rows} == {
-        *((regime, d, "drift-rae") for regime in tm.SIGMA for d in (2, 3)),
-        ("scattered", 3, "features"), ("scattered", 3, "identity path")}
-    assert rows[3] == cell("scattered", 3, steps=4)                         # bit for bit, in another process
-    assert capsys.readouterr().out.count("scattered") == 4
-    with Image.open(out / "two_moons.png") as png, Image.open(out / "two_moons.gif") as gif:
-        assert png.width > 400 and gif.n_frames > 1
-    assert len(list(out.iterdir())) == 3                                    # no temporary file is left
+    rows = run_command(out, "--seeds", "2")
+    cells = [(row["regime"], row["method"], row["dim"]) for row in rows]
+    assert cells[::2] == CELLS
+    assert cells[1::2] == CELLS
+    assert [row["seed"] for row in rows] == 5 * [0, 1]
+    assert all(math.isfinite(row[name]) for row in rows for name in MEASURES)
+    again = row_of("scattered", "drift-rae", 3, 25, seed=1)     # here, not in a worker
+    assert rows[7] == again
+    assert rows[6] != rows[7]
+    table = capsys.readouterr().out
+    assert table.count("scattered") == 3
+    assert table.count("±") == 5 * len(MEASURES)
+    with Image.open(out / "two_moons.png") as png:
+        assert png.width == 1200
+    with Image.open(out / "two_moons.gif") as gif:
+        assert gif.n_frames == tm.FRAMES + 1
+        assert gif.width == 3 * 240
+    assert len(list(out.iterdir())) == 3                    # no temporary file is left
 
 
-@pytest.mark.parametrize("flag", ["--colour red", "--dims 1", "--steps 0", "--seeds none"])
-def test_bad_flag_ends_before_anything_is_written(flag, tmp_path, capsys):
+@pytest.mark.parametrize("flags", ["--colour red", "--seeds 0", "--seeds none"])
+def test_bad_flag_ends_before_anything_is_written(flags, tmp_path, capsys):
+    out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        tm.main([*flag.split(), "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and flag.split()[0] in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+        command(partial(tm.main, [*flags.split(), "--out", str(out)]))
+    assert stop.value.code
+    assert flags.split()[0] in f"{stop.value.code} {capsys.readouterr().err}"
+    assert not out.exists()

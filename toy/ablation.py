@@ -29,7 +29,6 @@ from toy.digits import TEACHER, Metrics, make_teacher  # noqa: E402
 from toy.plot import COLOURS, Axes, sheet  # noqa: E402
 from toy.runs import cell, complete, mean_sd, print_table  # noqa: E402
 
-
 # ---- What is compared
 
 class Row(NamedTuple):
@@ -40,15 +39,12 @@ class Row(NamedTuple):
     guidance: float = 0.0       # of the finished student
     longer: int = 1             # times the steps; a longer row has one seed
 
-
 class Table(NamedTuple):
     title: str
     rows: list                  # the first is the reference
 
-
 def counts(positives, negatives):
     return dict(n_pos=positives, n_neg=64, n_extra_neg=negatives - 64)
-
 
 SMALL, LARGE = counts(64, 64), counts(256, 256)
 CLEAN, Y, FAST = dict(perturb=False), dict(field="y-softmax"), dict(lr=2e-3)
@@ -90,7 +86,6 @@ LEGEND = {"better": "#229944", "worse than the first": "#c8102e"}
 METRICS = {"fd": "Fréchet ↓", "precision": "precision ↑", "recall": "recall ↑",
            "label_accuracy": "label ↑"}
 
-
 # ---- One run
 
 class ThroughPixels(torch.nn.Module):
@@ -105,7 +100,6 @@ class ThroughPixels(torch.nn.Module):
         images = self.rae.decode(one_step(self.student, x, y))
         return x - self.rae.encode(images)                  # one_step is x − this
 
-
 def prepare(path, start, cfg):
     """-> student as distil takes it, latents of the positives, RAE, the teacher's file."""
     student, rae, ours = load_pair(path, cfg)
@@ -118,7 +112,6 @@ def prepare(path, start, cfg):
         with torch.no_grad():
             latents = rae.encode(rae.decode(latents))
     return student, latents, rae, ours
-
 
 def work(job):
     """(teacher's path, start, Config, weights of the guidance) -> {weight: what Metrics gives}."""
@@ -141,7 +134,6 @@ def work(job):
         metrics[str(w)] = measure(images, measure.labels)
     return metrics
 
-
 # ---- All runs
 
 def runs_of(tables, args):
@@ -153,7 +145,6 @@ def runs_of(tables, args):
                 cfg = Config(device="cpu", seed=seed, steps=steps, save_every=steps, **row.changes)
                 yield f"{row.start}: {cfg}", row, cfg
 
-
 def plan(args):
     """{key: what `work` takes} of the chosen tables."""
     weights = defaultdict(set)              # also of tables that are not asked for now
@@ -161,7 +152,6 @@ def plan(args):
         weights[key].add(row.guidance)
     return {key: (args.out / "teacher.pt", row.start, cfg, weights[key])
             for key, row, cfg in runs_of(args.rows, args)}
-
 
 def gather(table, args, runs):
     """{row's name: {metric: its values, one a seed}}"""
@@ -171,7 +161,6 @@ def gather(table, args, runs):
         for metric in METRICS:
             results[row.name][metric].append(metrics[metric])
     return results
-
 
 # ---- Tables and pictures
 
@@ -187,7 +176,6 @@ def paired(a, b):
     if mean - half > 0:
         verdict = "worse"
     return mean, half, verdict
-
 
 def show(tables):
     """One table for the page: mean ± standard deviation, difference from the first row."""
@@ -207,7 +195,6 @@ def show(tables):
             paper = "" if np.isnan(row.paper) else f"{row.paper:.2f}"
             lines.append([row.name, str(len(values["fd"])), *cells, difference, verdict, paper])
     print_table(header, lines)
-
 
 def panel(table, results):
     """Fréchet distances: a dot a seed, a bar at the mean, a diamond at the paper's FID."""
@@ -234,7 +221,6 @@ def panel(table, results):
         axes.text(high, -i, f"{np.mean(fd):.2f}")
     return axes.image()
 
-
 def guidance_curve(results):
     """Precision against recall: pale dots the seeds, a line through the means."""
     recall = np.array([values["recall"] for values in results.values()])        # [rows,seeds]
@@ -248,7 +234,6 @@ def guidance_curve(results):
     for i, name in enumerate(results):
         axes.text(x[i], y[i], name, anchor="ls")
     return axes.image()
-
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -267,7 +252,6 @@ def parse(argv):
         parser.error("--seeds, --steps and --jobs must be at least 1")
     return args
 
-
 def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -284,7 +268,6 @@ def main(argv=None):
     for name, picture in pictures.items():
         with write_atomically(args.out / name) as file:
             picture.save(file, "PNG")
-
 
 if __name__ == "__main__":
     command(main)

@@ -39,7 +39,6 @@ TITLES = {"real": "real", "reconstruction": "real, through the RAE",
           "teacher_1step": "teacher, 1 step", "teacher_50step": "teacher, 50 grid points",
           "student_1step": "student, 1 step", "student_guided": "student, guidance 0.1"}
 
-
 def load_digits():
     """-> images uint8 [5000,28,28,3], black 0 and white 255; labels int64 [5000]."""
     sheet = np.array(Image.open(Path(__file__).with_name("mnist.png")))
@@ -48,13 +47,11 @@ def load_digits():
     images = torch.stack([channel, channel, channel], -1)
     return images, torch.arange(10).repeat_interleave(500)
 
-
 def turned(images):
     """Images [B,C,H,W], each under a random affine map close to the identity."""
     maps = torch.eye(2, 3) + 0.1 * torch.randn(len(images), 2, 3)
     grid = F.affine_grid(maps, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
-
 
 def fit(params, loss, n, steps, lr, name, batch=256):
     """AdamW with a one-cycle rate on loss(i), i being `batch` random indices below n."""
@@ -69,7 +66,6 @@ def fit(params, loss, n, steps, lr, name, batch=256):
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         schedule.step()
-
 
 def make_rae(images, labels, steps):
     """Train the encoder, then the decoder -> what build_rae reads. images [n,3,28,28] in [0,1]."""
@@ -109,7 +105,6 @@ def make_rae(images, labels, steps):
     weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
     return saved | weights | {"mean": mean, "var": var}
 
-
 def make_judge(steps=500):
     """A classifier of the digits: the same for every --seed, so that all runs are comparable."""
     torch.manual_seed(0)
@@ -124,7 +119,6 @@ def make_judge(steps=500):
     fit(judge.parameters(), loss, len(images), steps, 2e-3, "judge", batch=128)
     return judge
 
-
 def make_teacher(path, seed=0, steps=STEPS):
     """Train RAE, flow teacher and judge and write them to path, with the images."""
     torch.manual_seed(seed)
@@ -137,7 +131,6 @@ def make_teacher(path, seed=0, steps=STEPS):
     checkpoint["judge"] = make_judge().state_dict()
     with write_atomically(Path(path)) as file:
         torch.save(checkpoint, file)
-
 
 def report(student, rae, checkpoint, cfg, began):
     """Print the table; write OUT/samples.png and metrics.json. drift_rae.py began at `began`.
@@ -178,7 +171,6 @@ def report(student, rae, checkpoint, cfg, began):
     with write_atomically(out / "metrics.json", "w") as file:
         json.dump(rows, file, indent=1)
 
-
 def print_table(rows):
     """rows: {name: what Metrics gives, perhaps with seconds_per_image}."""
     print("\n                  Fréchet    prec.   recall    label  nearest ms/image")
@@ -191,7 +183,6 @@ def print_table(rows):
             line += f" {milliseconds:8.3f}"
         print(line)
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -202,7 +193,6 @@ def main(argv=None):
     require(min(args.steps) > 10, "--steps: at least 11 each, a tenth is the warm-up of the rate")
     args.out.mkdir(parents=True, exist_ok=True)
     make_teacher(args.out / "teacher.pt", args.seed, args.steps)
-
 
 if __name__ == "__main__":
     command(main)

@@ -36,7 +36,6 @@ PAPER = {
 PAPER_CURVATURE = {"paper: RAE, κ = 1e-3": 1e-3 * (16 * 16 * 768)**0.5,  # Fig. 1, times √dimensions
                    "paper: SD-VAE, κ = 1e-5": 1e-5 * (32 * 32 * 4)**0.5}
 
-
 def average(rows):
     """Dicts of numbers or tensors -> one of their means."""
     means = {}
@@ -45,14 +44,12 @@ def average(rows):
         means[key] = float(np.mean(values))
     return means
 
-
 # ---- Theorem 1: scattered targets share the weight, and the attraction vanishes.
 
 # r, or None for √(3/d), which makes x as long as y; τ; whether τ is in mean distances S, as usual
 SETTINGS = {"r = 1, τ = 1": (1.0, 1.0, False), "r = 1, τ = 4": (1.0, 4.0, False),
             "‖x‖ = ‖y‖, τ = 0.2 S": (None, 0.2, True), "‖x‖ = ‖y‖, τ = 0.05 S": (None, 0.05, True),
             "‖x‖ = ‖y‖, τ = 0.02 S": (None, 0.02, True)}
-
 
 def theorem1(d, r, tau, in_mean_distances, queries=64, seed=0):
     """The field at `queries` of d generated x ~ U[−r,r]^d, with d positives y uniform on the unit
@@ -75,7 +72,6 @@ def theorem1(d, r, tau, in_mean_distances, queries=64, seed=0):
     table["share_pos"] = 1 / w_pos.square().sum(-1) / d
     return table
 
-
 def simulate(dims):
     """A row for each setting and d, of 256 queries."""
     rows = []
@@ -86,14 +82,12 @@ def simulate(dims):
             rows.append({"setting": setting, "d": d} | average(draws))
     return rows
 
-
 # ---- Tables 1 and 2.
 
 def kernel(a, b):
     """The mean of exp(−‖a − b‖/√d) over the pairs of a, b [C,·,d] -> [C]."""
     distance = torch.cdist(a, b) / a.shape[-1]**0.5
     return (-distance).exp().mean((1, 2))
-
 
 def statistics(x):
     """Of x [C,n,d], n samples of one class in each of C tokens -> each [C].
@@ -114,12 +108,10 @@ def statistics(x):
     table["S-MMD"] = kernel(x, x) + kernel(poles, poles) - 2 * kernel(x, poles)     # Eq. (50)-(53)
     return table
 
-
 def class_statistics(latents, labels):
     """Latents [n,D,h,w], labels [n] -> means over classes and tokens (App. B.1)."""
     classes = [tokens(latents[labels == c]) for c in labels.unique()]
     return average([statistics(x.double()) for x in classes])
-
 
 def token_statistics(raw, labels):
     """The same of normalised latents, then of raw ones."""
@@ -127,7 +119,6 @@ def token_statistics(raw, labels):
     table = class_statistics(normalised, labels)
     table_raw = class_statistics(raw, labels)
     return table | {f"{name} raw": value for name, value in table_raw.items()}
-
 
 # ---- Figure 1, and Table 9's question: does drifting work here?
 
@@ -143,7 +134,6 @@ def curvature(path):
     turn = a.norm(dim=-1) / speed                                   # radians in a step
     return turn / speed, turn.sum(0)
 
-
 def flow_curvature(teacher, shape):
     """Of 32 paths: mean, 10th and 90th percentile of κ·√dimensions over t [3,48]; means over t."""
     z = torch.randn(32, *shape)
@@ -154,7 +144,6 @@ def flow_curvature(teacher, shape):
     means = average([{"κ": kappa, "κ·√dimensions": scaled, "degrees turned": angle.rad2deg()}])
     return torch.stack(band).tolist(), means
 
-
 @torch.no_grad()
 def measure(sampler, space, metrics):
     """What Metrics says of a sample for each of its labels."""
@@ -164,13 +153,11 @@ def measure(sampler, space, metrics):
     images = [to_uint8(space.rae.decode(sampler(z, y))) for z, y in batches]
     return metrics(torch.cat(images), metrics.labels)
 
-
 def drifted(model, space, steps, seed):
     student = copy.deepcopy(model).requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder:       # for the log and state, which nobody reads
         cfg = Config(device="cpu", seed=seed, steps=steps, n_class=5, save_every=steps, out=folder)
         return distil(student, Positives(space.latents, space.labels.numpy(), cfg), cfg)
-
 
 def study(job):
     """One space with one seed. job: its name, the seed, teacher.pt, steps."""
@@ -204,7 +191,6 @@ def study(job):
     path["posterior's share"] = 1 - explained
     return {"space": name, "statistics": tables, "methods": methods, "band": band, "path": path}
 
-
 # ---- Pictures and the table.
 
 def draw_theorem1(rows, dims, path):
@@ -224,7 +210,6 @@ def draw_theorem1(rows, dims, path):
     with write_atomically(path) as file:
         sheet(charts, 3).save(file, "PNG")
 
-
 def draw_curvature(runs, spaces, path):
     title = "Curvature of the teacher's paths: their mean, and 80 % of them"
     y_label = "κ·√dimensions: radians per length of the noise"
@@ -242,14 +227,12 @@ def draw_curvature(runs, spaces, path):
     with write_atomically(path) as file:
         axes.image().save(file, "PNG")
 
-
 def three_digits(values):
     mean = np.mean(values)
     if np.isnan(mean):
         return ""
     digits = 2 - int(np.floor(np.log10(abs(mean) + 1e-9)))
     return cell(values, max(0, digits))
-
 
 def print_measures(runs, spaces):
     """A row a measure; a column a space, of the seeds."""
@@ -267,7 +250,6 @@ def print_measures(runs, spaces):
             row.append(three_digits(values))
         rows.append(row)
     print_table(["", *columns], rows)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -294,7 +276,6 @@ def main(argv=None):
     runs = list(complete(args.out / "geometry.json", teacher, jobs, study).values())
     draw_curvature(runs, size["spaces"], args.out / "curvature.png")
     print_measures(runs, size["spaces"])
-
 
 if __name__ == "__main__":
     command(main)

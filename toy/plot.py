@@ -22,7 +22,6 @@ K = 2                   # charts are drawn twice as large, for smooth lines; Pil
 THIN, THICK, TICK = K, 2 * K, 4 * K
 GRID, FRAME = "#dddddd", "#888888"
 
-
 def ticks(low, high, log):
     """{value: name} of the round values from low to high."""
     sizes = [digit * 10.0**e for e in range(-9, 10) for digit in (1, 2, 5)]
@@ -33,14 +32,12 @@ def ticks(low, high, log):
     slack = 1e-6 * (high - low)
     return {v: f"{v:g}" for v in values if low - slack <= v <= high + slack}
 
-
 def place(values, ends, log, pixels):
     """Values on an axis with these ends -> where they lie between two pixels."""
     values = np.clip(np.asarray(values, float), *ends)
     if log:
         values, ends = np.log(values), np.log(ends)
     return np.interp(values, ends, pixels)
-
 
 class Axes:
     def __init__(self, title, x_label, y_label, x, y, *, x_log=False, y_log=False, x_ticks=None,
@@ -142,7 +139,6 @@ class Axes:
     def image(self):
         return self.canvas.resize(self.size, Image.LANCZOS)
 
-
 def panels(images, rows):
     done = []
     for title, tiles in images.items():
@@ -158,7 +154,6 @@ def panels(images, rows):
         done.append(panel)
     return sheet(done, 3)
 
-
 def note(lines, size, font=15):
     image = Image.new("RGB", size, "white")
     face = ImageFont.load_default(font)
@@ -169,7 +164,6 @@ def note(lines, size, font=15):
         draw.text((font / 2, middle), text, colour, face, "lm")
         middle += 1.5 * font
     return image
-
 
 def sheet(images, abreast):
     rows = [images[i:i + abreast] for i in range(0, len(images), abreast)]

@@ -30,7 +30,7 @@ from drift_rae import (Attention, Config, Positives, command, distil, encode,  #
                        require, update_average, write_atomically, zero)
 from toy.digits import make_teacher  # noqa: E402
 from toy.plot import panels  # noqa: E402
-from toy.runs import Metrics, cell, complete, print_table  # noqa: E402
+from toy.runs import Metrics, complete, print_means  # noqa: E402
 from toy.vae import make_vae64, ode_path, read_vae64  # noqa: E402
 
 BATCH = 256         # samples a step where nothing else is said
@@ -43,10 +43,8 @@ RATES = {           # the best of these at a quarter of the budget, RAE, seed 0;
 NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # of a sample; else 1
 CPU = Config(device="cpu")
 
-
 def column(t):
     return t.view(-1, 1, 1, 1)
-
 
 class Task:
     """Flow teacher, latents [n,D,h,w], labels [n], a budget of evaluations: `spent` counts them."""
@@ -96,13 +94,11 @@ class Task:
             points.append(ode_path(model, z, y)[index].transpose(0, 1))     # [B,steps+1,D,h,w]
         return torch.cat(points), times, labels
 
-
 def descend(net, optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
-
 
 # ---- Regression on the ends of trajectories (Luhman & Luhman 2101.02388), and on points between.
 
@@ -112,7 +108,6 @@ def path_loss(model, points, times, y):
     velocity = (now - after) / column(times[:-1] - times[1:])
     return (model(now, times[:-1], y) - velocity).square().mean()
 
-
 class PathAttention(Attention):
     """Of x [B·S,N,D], S = `points` of a path side by side; a token does not see later points'."""
     def forward(self, x, rope):
@@ -121,11 +116,12 @@ class PathAttention(Attention):
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)                             # [B,heads,S,N,d] each
         point = torch.arange(self.points).repeat_interleave(x.shape[1])
         seen = point.unsqueeze(1) >= point                                  # [S·N,S·N]
-        q, k, v = rope(q).flatten(2, 3), rope(k).flatten(2, 3), v.flatten(2, 3)
+        q = rope(q).flatten(2, 3)                                           # [B,heads,S·N,d]
+        k = rope(k).flatten(2, 3)
+        v = v.flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, seen)                 # [B,heads,S·N,d]
         out = out.unflatten(2, (self.points, -1)).permute(0, 2, 3, 1, 4)    # [B,S,N,heads,d]
         return self.proj(out.flatten(0, 1).flatten(2))
-
 
 class Points(nn.Module):
     """A DiT^DH at S points of each path: x [B,S,D,h,w], times [S], y [B] -> velocities like x.
@@ -147,7 +143,6 @@ class Points(nn.Module):
         v = self.net(x.flatten(0, 1), t, y.repeat_interleave(len(times)))
         return v.unflatten(0, x.shape[:2])
 
-
 def regress(task, student, paths, share):
     """Fit path_loss with a share of the budget, on paths that are drawn again and again."""
     points, times, y = paths
@@ -157,7 +152,6 @@ def regress(task, student, paths, share):
         return path_loss(student, points[i], times, y[i])
 
     return task.fit(student, loss, 3 * BATCH, share)
-
 
 def few_steps(task, steps, history=False):
     """One step: regression on (z, x̂); more: step distillation, with history ARD (2504.11295).
@@ -176,7 +170,6 @@ def few_steps(task, steps, history=False):
         return path[-1]
 
     return sampler
-
 
 def reflow(task):
     """Rectified flow (2209.03003), InstaFlow (2309.06380): flow matching on the straight lines of
@@ -197,7 +190,6 @@ def reflow(task):
     ema = regress(task, Points(student), task.paths(straight, 1, 1 / 4), 1 / 4)
     return partial(one_step, ema.net)
 
-
 # ---- Consistency, mean velocity (2303.01469; sCM 2503.09641; MeanFlow 2505.13447; MF-RAE)
 
 def consistency_loss(student, teacher, x, y, noise):
@@ -208,18 +200,17 @@ def consistency_loss(student, teacher, x, y, noise):
     x_t = (1 - column(t)) * x + column(t) * noise
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):     # the others have no forward mode
         v = teacher(x_t, t, y)
-        _, change = torch.func.jvp(lambda x, t: student(x, t, y), (x_t, t), (v, torch.ones_like(t)))
+        along = v, torch.ones_like(t)
+        _, change = torch.func.jvp(lambda x, t: student(x, t, y), (x_t, t), along)
         target = v - column(t) * change
     error = (student(x_t, t, y) - target).square().sum((1, 2, 3))
     return (error / (error.detach() + 1e-3)).mean()
-
 
 def consistency(task):
     """Of a sample the teacher costs 1, the product 2, the student 3."""
     u = task.student()
     ema = task.fit(u, lambda: consistency_loss(u, task.teacher, *task.draw(BATCH)), 6 * BATCH)
     return partial(one_step, ema)
-
 
 # ---- Scores: a second network follows the student's own flow.
 
@@ -228,7 +219,6 @@ def denoised(x, y, *networks):
     t = 0.02 + 0.96 * torch.rand(len(x))
     x_t = (1 - column(t)) * x + column(t) * torch.randn_like(x)
     return [x_t - column(t) * v(x_t, t, y) for v in networks]
-
 
 def dmd_loss(x, y, real, fake):
     """½‖x − sg[x − g]‖², g = (x̂_fake − x̂_real) / mean|x − x̂_real|: DMD (2311.18828) without its
@@ -240,7 +230,6 @@ def dmd_loss(x, y, real, fake):
         target = x - (x_fake - x_real) / size
     return 0.5 * (x - target).square().mean()
 
-
 def sid_loss(x, y, real, fake):
     """⟨x̂_real − x̂_fake, x̂_fake − x⟩ / sg[mean|x − x̂_real|]: SiD (2404.04057) at α = 1, without
     SiDA's GAN loss. The gradient runs through both networks into their inputs.
@@ -249,7 +238,6 @@ def sid_loss(x, y, real, fake):
     size = (x - x_real).detach().abs().mean((1, 2, 3), keepdim=True)
     weight = 1 / size.clamp(min=1e-5)
     return (weight * (x_real - x_fake) * (x_fake - x)).mean()
-
 
 def scores(task, loss, cost, updates):
     """Before a step of the student, `cost` a sample, the other network takes `updates`, 1 + 3."""
@@ -270,7 +258,6 @@ def scores(task, loss, cost, updates):
 
     return partial(one_step, task.fit(student, step, n * (cost + updates * (1 + 3))))
 
-
 # ---- Self-adversarial twins: TwinFlow (2512.05150), without its any-step term RCGM.
 
 class TwoTimes(nn.Module):
@@ -290,7 +277,6 @@ class TwoTimes(nn.Module):
         hook.remove()                       # a hook, since DiTDH has no r
         return v
 
-
 def twinflow_loss(net, x, y, z):
     """The twin at −t learns the flow of sg[G(z)], ‖v(x_t, −t, −t) − (ε − G)‖²; the difference d of
     the twins, in ±1, moves the student, ½‖v(z, 1, 0) − sg[v(z, 1, 0) + d]‖²; and flow matching.
@@ -307,12 +293,10 @@ def twinflow_loss(net, x, y, z):
     rectification = 0.5 * (v - target).square().mean()
     return following + rectification + flow_matching_loss(net, x, y)
 
-
 def twinflow(task):
     net = TwoTimes(task.student())
     ema = task.fit(net, lambda: twinflow_loss(net, *task.draw(BATCH)), (3 + 3 + 1 + 3) * BATCH)
     return partial(one_step, partial(ema, r=0))             # G(z) = z − v(z, 1, 0)
-
 
 # ---- Drifting (Deng et al. 2602.04770; Drift-RAE 2606.15553; windows, ours), MSD (2410.23274)
 
@@ -326,7 +310,6 @@ def drifting(task, **changes):
         cfg.out = folder
         data = Positives(task.latents, task.labels.numpy(), cfg)
         return partial(one_step, distil(task.student(), data, cfg))
-
 
 def several_students(task):
     """Two students, half the classes and the budget each. A sample needs one; both are computed."""
@@ -348,12 +331,10 @@ def several_students(task):
 
     return both
 
-
 # ---- The rows
 
 def by_teacher(task, sampler):
     return partial(sampler, task.teacher)
-
 
 METHODS = {
     "teacher-1": partial(by_teacher, sampler=one_step),
@@ -375,7 +356,6 @@ METHODS = {
 BUDGET = Config.steps * Config.n_class * (3 * Config.n_neg + Config.n_extra_neg)
 RESULTS = {"fd": 2, "precision": 3, "recall": 3, "label_accuracy": 3, "seconds": 0}     # digits
 
-
 def open_space(out, name):
     """-> flow teacher, latents, the autoencoder that decodes them, what OUT/teacher.pt holds."""
     teacher, rae, ours = load_pair(out / "teacher.pt", CPU)
@@ -383,7 +363,6 @@ def open_space(out, name):
         return teacher, encode(rae, ours["images"], CPU), rae, ours
     teacher, space = read_vae64(out / "vae64.pt", ours["labels"])
     return teacher, space.latents, space.rae, ours
-
 
 def work(job):
     """job: OUT, the row's key, what is known of it before -> the row. Some digits go to a file."""
@@ -405,7 +384,6 @@ def work(job):
         torch.save(images.unflatten(0, (10, -1))[:, :2].clone(), file)
     return row | measure(images, measure.labels)
 
-
 def jobs_of(args):
     jobs = {}
     budget = BUDGET // (10 if args.quick else 1) // (4 if args.rates else 1)
@@ -420,20 +398,6 @@ def jobs_of(args):
                 jobs[key] = args.out, key, row
     return jobs
 
-
-def show(rows):
-    lines = {}
-    for row in rows:
-        lines.setdefault((row["method"], row["lr"], row["nfe"]), []).append(row)
-    table = []
-    for key, seeds in lines.items():
-        line = [str(name) for name in key]
-        for name, digits in RESULTS.items():
-            line.append(cell([row[name] for row in seeds], digits))
-        table.append(line)
-    print_table(["", "rate", "steps", *RESULTS], table)
-
-
 def draw_strips(runs, ours, out, name):
     """A strip a method, of seed 0: a place stands for a class and, but in `real`, for its noise."""
     strips = {"real": ours["images"].unflatten(0, (10, -1))[:, :2]}
@@ -444,7 +408,6 @@ def draw_strips(runs, ours, out, name):
     tiles = {title: x.transpose(0, 1).flatten(0, 1) for title, x in strips.items()}
     with write_atomically(out / f"{name}.png") as file:
         panels(tiles, rows=2).save(file, "PNG")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -472,9 +435,8 @@ def main(argv=None):
     if args.rates:
         name += "_rates"
     runs = complete(args.out / f"{name}.json", teacher, jobs_of(args), work)
-    show(runs.values())
+    print_means(runs.values(), ["method", "lr", "nfe"], RESULTS)
     draw_strips(runs, ours, args.out, name)
-
 
 if __name__ == "__main__":
     command(main)

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import require, write_atomically  # noqa: E402
 from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
 
-
 def complete(path, teacher, jobs, work, workers=os.cpu_count()):
     """jobs: {key: what `work` takes} -> {key: what it returns}, from the JSON file or computed.
 
@@ -43,16 +42,13 @@ def complete(path, teacher, jobs, work, workers=os.cpu_count()):
                     json.dump(saved, file, indent=1)
     return {key: runs[key] for key in jobs}
 
-
 def start_worker():
     torch.set_num_threads(1)                # small matrices: two runs are faster than two threads
     sys.stderr = open(os.devnull, "w")      # for their progress bars
 
-
 def do(work, item):
     key, job = item
     return key, work(job)
-
 
 def mean_sd(values):
     """Mean, and standard deviation over the seeds (NaN of one)."""
@@ -60,13 +56,11 @@ def mean_sd(values):
     sd = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return np.mean(values), sd
 
-
 def cell(values, digits=2):
     """mean ± standard deviation, as the pages have it; of one seed the value."""
     mean, sd = mean_sd(values)
     text = f"{mean:,.{digits}f}"
     return text if np.isnan(sd) else f"{text} ± {sd:.{digits}f}"
-
 
 def print_table(header, rows):
     """Lists of texts, as the page has them."""
@@ -75,11 +69,21 @@ def print_table(header, rows):
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
+def print_means(rows, by, digits):
+    """A line for each value of the columns `by`; digits: {column: decimals of its cells}."""
+    groups = {}
+    for row in rows:
+        key = tuple(str(row[name]) for name in by)
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for key, same in groups.items():
+        cells = [cell([row[name] for row in same], n) for name, n in digits.items()]
+        lines.append([*key, *cells])
+    print_table([*by, *digits], lines)
 
 def grey(images):
     """uint8 [n,28,28,3] -> [n,1,28,28] in [0,1]."""
     return images.permute(0, 3, 1, 2)[:, :1] / 255
-
 
 def judge_network():
     """Grey images -> logits [n,10]. toy/digits.py trains it; all but its last layer is Metrics'."""
@@ -87,7 +91,6 @@ def judge_network():
     layers += [nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()]
     layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 64), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(64, 10))
-
 
 class Metrics:
     """Measures images against R, every other image of a teacher's file; .others are the rest.

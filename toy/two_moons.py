@@ -1,255 +1,210 @@
-"""Why drifting works and where it fails: two moons hidden in R^D.
+"""Where drifting works and where it collapses: two moons hidden in R^D.
 
-    python toy/two_moons.py [--out out] [--quick]      table, two_moons.json, two_moons.png, two_moons.gif
+    python toy/two_moons.py [--out out] [--seeds 3] [--quick]   a table; two_moons.json, .png, .gif
 
-The moons lie in a random plane of R^D. The other D − 2 directions hold Gaussian noise: σ = 0.1 in the
-concentrated regime; σ = 1, the moons' own scale, in the scattered one. A small MLP makes points of R^D from
-8 noise dimensions. It starts at the scale of the scattered data and is trained with drift_loss.
+Two coordinates of the data are the moons, of variance 1 each. The other D − 2 are noise, each of
+variance 0.2/D in the concentrated regime, of 1 in the scattered one. A small network makes such
+points from 8 random numbers. It is trained with drift_loss, which sees all of R^D.
+Spread of its samples among the moons, over that of the data (1 is right, 0 a collapse; 3 seeds),
+at D = 2, 32, 128, 512: concentrated 1.00, 0.99, 0.97, 0.97; scattered 1.00, 1.00, 0.32, 0.03.
 
-Look at the spread in the plane, generated over real: 1 is right, 0 a collapse. Means of 3 seeds at
-D = 8, 32, 128, 512: concentrated 1.00, 0.99, 0.94, 0.83; scattered 1.04, 1.05, 0.36, 0.09.
-
-Theorem 1 (§3.2) says why. Scattered points are all about equally far apart. So the softmax over the positives
-is nearly uniform, and the attraction's centre Σ w·y averages many directions: it is short (column |Σwy|).
-The samples have near neighbours among themselves, being made from 8 dimensions. So Σ w·x stays near x_j, and
-the target x_j + Σ w·y − Σ w·x lies near Σ w·y, at the origin. This half is our reading.
-
-A cure, "features": the loss on φ(G(z)) and φ(y), as Deng et al. do with an MAE. A control, "identity path":
-G(z) = z + MLP(z), z in R^D, is as scattered as the data. It does not collapse, and hardly learns.
+Theorem 1 (§3.2) says why. Scattered points are all about equally far apart, so the softmax averages
+over many positives, and the attraction's centre Σ w·y nears the mean of all. The cure is a loss on
+features that concentrate the data, here simply the moons' own coordinates: 1.00 at D = 512.
 """
 import json
 import math
-import multiprocessing
-import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (command, drift_field, drift_loss, laplace_noise, write_atomically,  # noqa: E402
-                       y_softmax_field)
-from toy.plot import COLOURS, Axes, sheet  # noqa: E402
+from drift_rae import command, drift_field, drift_loss, require, write_atomically  # noqa: E402
+from toy.plot import COLOURS, Axes, note, sheet  # noqa: E402
+from toy.runs import print_means, start_worker  # noqa: E402
 
-SIGMA = {"concentrated": 0.1, "scattered": 1.0}   # of the noise outside the plane; in it the data's is 1
-N, WIDTH, NOISE, LR = 128, 256, 8, 8e-3           # samples and positives a step; the MLP's layers and input
-TAU = torch.tensor([0.02, 0.05, 0.2])[:, None, None]      # Table 8, as drift_loss has them: [T,1,1]
-METHODS = {"drift-rae": {}, "baseline": {"y_softmax": True, "perturb": False},
-           "perturb only": {"y_softmax": True}, "single softmax only": {"perturb": False},
-           "features": {}, "identity path": {}}
-FRAMES, VIEWS, EVALUATE = 32, 4096, 2000          # of the GIF; pairs for CCA; samples of an energy distance
-LEGEND = "grey: data\ncolour: samples\narrows: push of the loss\naxes: standard deviations"
-COLUMNS = {"energy_distance": "energy distance", "spread_ratio": "spread", "energy_floor": "floor",
-           "attraction": "|Σwy|", "v_pos": "‖V⁺‖", "v_neg": "‖V⁻‖", "effective_positives": "eff. pos."}
+DIMS, STEPS, BATCH = (2, 32, 128, 512), 2400, 192           # a step: 192 samples, 192 positives
+TEMPERATURES = torch.tensor([[[0.02]], [[0.05]], [[0.2]]])  # Table 8, as in drift_loss: [T,1,1]
+REPEATS, POINTS = 16, 2000              # energy distances are of so many points, so many times
+FRAMES, SHOWN, ARROWS = 25, 500, 40     # of the GIF; of a panel: points, arrows on some
+CASES = {("concentrated", "drift-rae"): COLOURS[0], ("scattered", "drift-rae"): COLOURS[1],
+         ("scattered", "features"): COLOURS[2]}             # regime and method
+PANEL = {"x_ticks": {}, "y_ticks": {}, "size": (240, 290), "right": 8}
+CHART = {"x_log": True, "x_ticks": {dim: str(dim) for dim in DIMS}, "size": (600, 300)}
+LEGEND = {"grey: the data": "#909090", "drift-rae: the loss sees R^D": "black",
+          "features: it sees the moons": COLOURS[2], "arrows: V of Eq. (11)": "black",
+          "spread: 1 is right, 0 a collapse": "black"}
+DIGITS = {"energy_distance": 4, "energy_floor": 4, "spread_ratio": 2, "attraction": 2,
+          "effective_positives": 0}
 
+# ---- The data
 
-def moons(n, generator):
+def moons(n):
     """Two interleaved half circles with noise 0.05, standardised by their exact moments: [n,2]."""
-    angle = math.pi * torch.rand(n, generator=generator)
-    sign = 1 - 2 * torch.randint(2, (n,), generator=generator)
-    xy = torch.stack([sign * angle.cos() + (1 - sign) / 2, sign * angle.sin() + (1 - sign) / 4], 1)
-    xy += 0.05 * torch.randn(n, 2, generator=generator)
-    return (xy - torch.tensor([0.5, 0.25])) / torch.tensor([0.8675, 0.4967])
+    angle = math.pi * torch.rand(n)
+    x = angle.cos() - 0.5
+    y = angle.sin() - 0.25
+    arc = torch.stack([x, y], 1)
+    side = 2 * torch.randint(2, (n, 1)) - 1
+    noise = torch.randn(n, 2)
+    return (side * arc + 0.05 * noise) / torch.tensor([0.8675, 0.4967])
 
+def draw(regime, dim, n):
+    """The moons in R^D: [n,D]."""
+    width = 1.0                                             # scattered: as wide as the moons
+    if regime == "concentrated":
+        width = math.sqrt(0.2 / dim)                        # little in all, at every D
+    noise = torch.randn(n, dim - 2)
+    return torch.cat([moons(n), width * noise], 1)
 
-def embed(xy, frame, sigma, generator):
-    """Points of the plane [n,2] -> R^D: frame [D,D] orthonormal, its first two columns span the plane."""
-    rest = sigma * torch.randn(len(xy), len(frame) - 2, generator=generator)
-    return torch.cat([xy, rest], 1) @ frame.T                               # [n,D]
+# ---- The generator, and its training
 
+def make_generator(data):
+    """8 random numbers -> a point of R^D; at first as wide as the data in each coordinate."""
+    width = data(POINTS).std(0)                             # [D]
+    first, second = nn.Linear(8, 256), nn.Linear(256, 256)
+    last = nn.Linear(256, len(width))
+    nn.init.normal_(last.weight, std=0.62)
+    last.weight.data *= width[:, None]
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
-def concentrating_map(frame, sigma, generator):
-    """φ, R^D -> R^k: it keeps, whitened, what two noisy views of a moon point share (CCA). No labels."""
-    xy = moons(VIEWS, generator)
-    a, b = (embed(xy, frame, sigma, generator) for _ in range(2))           # [n,D]
-    within = (a.T @ a + b.T @ b) / (2 * VIEWS)
-    between = (a.T @ b + b.T @ a) / (2 * VIEWS)
-    whiten = torch.linalg.inv(torch.linalg.cholesky(within))                # [D,D]
-    correlation, directions = torch.linalg.eigh(whiten @ between @ whiten.T)
-    projection = whiten.T @ directions[:, correlation > 0.9]                # [D,k]
-    return lambda x: x @ projection
+def train(generator, data, seen, steps):
+    """Yields 0 … steps. data(n): [n,D], of which the loss sees the first `seen` columns."""
+    optimizer = torch.optim.Adam(generator.parameters(), lr=8e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, steps)
+    for step in range(steps):
+        yield step
+        z = torch.randn(BATCH, 8)
+        gen = generator(z)[:, :seen]                        # [N,D]
+        pos = data(BATCH)[:, :seen]                         # [P,D]
+        loss, _ = drift_loss(gen[None], pos[None])
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        schedule.step()
+    yield steps
 
+# ---- What is measured
 
-def mlp(noise, dim, std):
-    """The generator: noise -> R^D, of standard deviation std at the start."""
-    net = nn.Sequential(nn.Linear(noise, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(),
-                        nn.Linear(WIDTH, dim))
-    with torch.no_grad():
-        net[-1].weight.mul_(std / net(torch.randn(EVALUATE, noise)).std(0).mean())
-        net[-1].bias.zero_()
-    return net
+def distance(x, y):
+    return torch.cdist(x, y).mean()
 
+def energy_distance(x, y):
+    return 2 * distance(x, y) - distance(x, x) - distance(y, y)
 
-def energy_distance(a, b):
-    """2·E‖a−b‖ − E‖a−a'‖ − E‖b−b'‖ over all pairs of [n,2] and [m,2]; about 0.002 between equals."""
-    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
-
-
-def forces(x, y, noise, y_softmax=False):
-    """Of samples x [N,D], queried at x + τ·noise, and positives y [P,D], in units of S; means over τ and N.
-
-    v_pos, v_neg: ‖V⁺‖ and ‖V⁻‖ of Eq. (5), measured from the query. effective_positives: 1/Σw².
-    """
-    query = x + TAU * noise                                                 # [T,N,D]
-    logits = -torch.cdist(query, torch.cat([x, y])) / TAU                   # [T,N,N+P]
-    logits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)                       # k ≠ j
-    w_neg, w_pos = (part.softmax(-1) for part in logits.split([len(x), len(y)], -1))
-    if y_softmax:                                                           # the weights of y_softmax_field
-        affinity = (logits.softmax(-1) * logits.softmax(-2)).clamp(min=1e-6).sqrt()
-        neg, pos = affinity.split([len(x), len(y)], -1)
-        w_neg, w_pos = neg * pos.sum(-1, keepdim=True), pos * neg.sum(-1, keepdim=True)
-    mass = w_pos.sum(-1, keepdim=True)                                      # that of w_neg too
-    v_pos, v_neg = w_pos @ y - mass * query, w_neg @ x - mass * query       # [T,N,D]
-    found = {"v_pos": v_pos.norm(dim=-1), "v_neg": v_neg.norm(dim=-1),
-             "effective_positives": 1 / (w_pos / mass).square().sum(-1)}
-    return {name: value.mean().item() for name, value in found.items()}
-
+def attraction(x, pos):
+    """Σ w·y of Eq. (11), means over x and τ: its length over that of y; how many y count, 1/Σw²."""
+    scale = distance(x, torch.cat([x, pos]))                # S, as in drift_loss
+    logits = -torch.cdist(x, pos) / (scale * TEMPERATURES)  # [T,N,P]
+    weights = logits.softmax(-1)
+    centre = weights @ pos                                  # [T,N,D]
+    length = centre.norm(dim=-1).mean()
+    count = 1 / weights.square().sum(-1)
+    return length / pos.norm(dim=-1).mean(), count.mean()
 
 @torch.no_grad()
-def measure(generate, draw, phi, plane, g, perturb=True, y_softmax=False):
-    """The numbers of a row of two_moons.json; attraction: Theorem 1's ‖V⁺‖ = ‖Σ w·y‖, in units of ‖y‖."""
-    x, y = phi(generate(N, g)), phi(draw(N, g))
-    scale = torch.cdist(x, torch.cat([x, y])).mean()                        # S
-    found = forces(x / scale, y / scale, laplace_noise(x, g) if perturb else 0, y_softmax)
-    x, y, again = generate(EVALUATE, g), draw(EVALUATE, g), draw(EVALUATE, g)
-    targets = phi(y[:N])
-    centre = (-torch.cdist(phi(x[:N]), targets) / (scale * TAU)).softmax(-1) @ targets      # [T,N,D]
-    found["attraction"] = (centre.norm(dim=-1).mean() / targets.square().sum(-1).mean().sqrt()).item()
-    x, y, again = x @ plane, y @ plane, again @ plane
-    return {"energy_distance": energy_distance(x, y), "energy_floor": energy_distance(again, y),
-            "spread_ratio": (x.std(0).mean() / y.std(0).mean()).item(), **found}
+def measure(generator, data, seen):
+    """Of samples, among the moons: energy distance, spread. Of the data alone: the attraction."""
+    z = torch.randn(REPEATS, POINTS, 8)
+    x = generator(z)[..., :2]
+    y = data(REPEATS * POINTS)[:, :2].view_as(x)
+    row = {"energy_distance": energy_distance(x, y)}
+    row["energy_floor"] = 2 * distance(y, y) / POINTS       # its mean between two sets of data
+    row["spread_ratio"] = x.std(1).mean() / y.std(1).mean()
+    query, pos = data(2 * BATCH)[:, :seen].split(BATCH)
+    row["attraction"], row["effective_positives"] = attraction(query, pos)
+    return {name: value.item() for name, value in row.items()}
 
+# ---- The pictures
 
-def run_cell(cell):
-    """cell -> a row of two_moons.json; shots: step, samples [3N,2], the loss's push on the first N [N,2]."""
-    regime, dim, seed, method, steps, n_shots = cell
-    torch.set_num_threads(1)     # cells side by side are faster than threads on one, and repeat bit for bit
-    torch.manual_seed(seed)
-    g = torch.Generator().manual_seed(seed)
-    frame = torch.linalg.qr(torch.randn(dim, dim, generator=g)).Q
-    plane = frame[:, :2]
-    identity = method == "identity path"
-    noise = dim if identity else NOISE
-    net = mlp(noise, dim, 0 if identity else 1)
-    field = y_softmax_field if "y_softmax" in METHODS[method] else drift_field
-    perturb = METHODS[method].get("perturb", True)
-    phi = concentrating_map(frame, SIGMA[regime], g) if method == "features" else nn.Identity()
-
-    def draw(n, g):
-        return embed(moons(n, g), frame, SIGMA[regime], g)
-
-    def generate(n, g):
-        z = torch.randn(n, noise, generator=g)
-        return net(z) + z if identity else net(z)
-
-    def loss(x, g):
-        return drift_loss(phi(x)[None], phi(draw(N, g))[None], generator=g, field=field, perturb=perturb)[0].sum()
-
-    when = {round(steps * (1 - i / max(n_shots - 1, 1))**1.5) for i in range(n_shots)}
-    opt = torch.optim.AdamW(net.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - 0.99 * t / steps)
-    shots = []
-    for step in range(steps + 1):
-        if step in when:
-            same = torch.Generator().manual_seed(seed + 10**6)              # in all shots; g is left alone
-            x = generate(3 * N, same).detach().requires_grad_()
-            push = -torch.autograd.grad(loss(x[:N], same), x)[0][:N]
-            shots.append((step, x.detach() @ plane, push @ plane))
-        if step < steps:
-            loss(generate(N, g), g).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad()
-            schedule.step()
-    row = {"regime": regime, "dim": dim, "seed": seed, "method": method}
-    return row | measure(generate, draw, phi, plane, g, **METHODS[method]), shots
-
-
-def panel(key, shot, reach=2.7):
-    """The plane; the push on 24 of the samples as arrows, of one root mean square length in all panels."""
-    regime, dim, method = key
-    step, samples, push = shot
-    name = f"D = {dim} through a map" if method == "features" else f"{regime}, D = {dim}"
-    title = f"{name}\nstep {step}, spread {samples.std(0).mean():.2f}"
-    axes = Axes(title, "", "", (-reach, reach), (-reach, reach), size=(180, 214), font=12, right=8)
-    data = moons(500, torch.Generator().manual_seed(0))
-    for points, colour in ((data, "#c8c8c8"), (samples, COLOURS[regime == "scattered"])):
-        axes.points(*points[points.abs().amax(1) < reach].T, colour, radius=1.4)
-    arrows = 0.45 * push / push.square().sum(1).mean().sqrt().clamp(min=1e-12)
-    for start, (x, y) in zip(samples[:24].numpy(), arrows.numpy()):
-        ends = np.array([start, start + (x, y)])
-        if abs(ends).max() < reach:
-            tail, tip = axes.pixels(*ends.T)
-            axes.draw.line((tail, tip), "black", 2)
-            axes.draw.regular_polygon((tip, 6), 3, math.degrees(math.atan2(y, x)) - 90, "black")
+def panel(gen, pos, colour, title):
+    """The plane of the moons, in standard deviations of the data; V there, at the widest τ."""
+    scale = distance(gen, torch.cat([gen, pos]))
+    V, = drift_field(gen[None], pos[None], gen[None], 0.2, scale)
+    title += f", spread {gen[:, :2].std(0).mean():.2f}"
+    axes = Axes(title, "", "", (-3, 3), (-3, 3), **PANEL)
+    axes.points(*pos[:, :2].T, "#c0c0c0", radius=2)
+    axes.points(*gen[:, :2].T, colour, radius=2)
+    x, y = gen[:ARROWS, :2].T
+    dx, dy = V[:ARROWS, :2].T
+    axes.arrows(x, y, dx, dy)
     return axes.image()
 
+def chart(title, results, name, top):
+    """A measure over D, from 0 to top."""
+    axes = Axes(title, "dimensions D", "", (1.8, 600), (0, top), **CHART)
+    for case, colour in CASES.items():
+        same = [row for row, _ in results if (row["regime"], row["method"]) == case]
+        dims = [row["dim"] for row in same]
+        values = [row[name] for row in same]
+        axes.line(dims, values, colour)
+        axes.points(dims, values, colour)
+    return axes.image()
 
-def pictures(out, shots, dims):
-    """two_moons.png: the end, for every D. two_moons.gif: the way there, for the two largest."""
-    keys = [(r, d, "drift-rae") for r in SIGMA for d in dims] + [("scattered", dims[-1], "features")]
-    images = [panel(key, shots[key][-1]) for key in keys]
-    text = Image.new("RGB", images[0].size, "white")
-    ImageDraw.Draw(text).text((10, 60), LEGEND, "black", font_size=13)
-    image = sheet([*images[:len(dims)], text, *images[len(dims):]], len(dims) + 1).quantize(64)
-    with write_atomically(out / "two_moons.png") as file:
-        image.save(file, "PNG", optimize=True)
-    keys = [keys[max(len(dims) - 2, 0)], *keys[-3:]]
-    frames = [sheet([*map(panel, keys, at_step)], 4) for at_step in zip(*(shots[key] for key in keys))]
-    frames = [frame.quantize(palette=image, dither=Image.Dither.NONE) for frame in frames]
-    durations = [120] * (len(frames) - 1) + [2500]                          # milliseconds
-    with write_atomically(out / "two_moons.gif") as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def draw_png(results):
+    """The end of every run; the cause below."""
+    images = [film[-1] for _, film in results]
+    images.insert(len(DIMS), note(LEGEND, images[0].size))
+    length = chart("why: how far the attraction leads, |Σw·y| / |y|", results, "attraction", 1)
+    count = chart("why: how many of 192 positives count", results, "effective_positives", BATCH)
+    ends = sheet(images, len(DIMS) + 1)
+    causes = sheet([length, count], 2)
+    return sheet([ends, causes], 1)
 
+# ---- The command
 
-def print_table(rows):
-    """Means over the seeds, standard deviations of the first two columns."""
-    names = "".join(f"{name:>{10 + 8 * (i < 2)}}" for i, name in enumerate(COLUMNS.values()))
-    print(f"\n{'method':<20}{'regime':<13}{'D':>4}{names}")
-    for key in dict.fromkeys((r["method"], r["regime"], r["dim"]) for r in rows):
-        group = [r for r in rows if (r["method"], r["regime"], r["dim"]) == key]
-        line = "{:<20}{:<13}{:>4}".format(*key)
-        for i, column in enumerate(COLUMNS):
-            values = np.array([r[column] for r in group])
-            line += f"{values.mean():>10.3f}" + f" ± {values.std():.3f}" * (i < 2)
-        print(line)
-
+def run(job):
+    """-> a row of two_moons.json, and its film, a list of panels."""
+    regime, method, dim, seed, steps = job
+    torch.manual_seed(seed)
+    data = partial(draw, regime, dim)
+    generator = make_generator(data)
+    seen = 2 if method == "features" else dim               # the moons' own coordinates, or all
+    pos = data(SHOWN)[:, :seen]
+    z = torch.randn(SHOWN, 8)
+    film = []
+    for step in train(generator, data, seen, steps):
+        if step % (steps // FRAMES) == 0:
+            gen = generator(z)[:, :seen].detach()
+            title = f"{regime}, {method}, D = {dim}\nstep {step:,}"
+            film.append(panel(gen, pos, CASES[regime, method], title))
+    row = {"regime": regime, "dim": dim, "seed": seed, "method": method}
+    return row | measure(generator, data, seen), film
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default="out", help="folder of table and pictures (default: out)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, … (default: 3; quick: 1)")
-    parser.add_argument("--dims", type=int, nargs="+", metavar="D", default=[2, 8, 32, 128, 512],
-                        help="widths of the space (default: 2 8 32 128 512; quick: 2 32 128)")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default: 400; quick: 200)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="a coarse look: fewer seeds, widths and steps")
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(seeds=1, dims=[2, 32, 128], steps=200)
+    parser.add_argument("--out", type=Path, default="out", help="folder (default: out)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, … (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the steps")
     args = parser.parse_args(argv)
-    if min(args.dims) < 2 or min(args.seeds, args.steps, args.workers) < 1:
-        parser.error("--dims must be at least 2, the plane itself; --seeds, --steps and --workers at least 1")
+    require(args.seeds > 0, "--seeds must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    dims = sorted(set(args.dims))
-    table = [("drift-rae", regime, d) for regime in SIGMA for d in dims]
-    table += [(m, regime, 32) for m in list(METHODS)[1:4] for regime in SIGMA if 32 in dims]        # Table 5
-    table += [(m, "scattered", dims[-1]) for m in ("features", "identity path")]
-    cells = [(regime, d, seed, method, args.steps, (seed == 0) * (FRAMES if d in dims[-2:] else 1))
-             for method, regime, d in table for seed in range(args.seeds)]
-    deaf = (signal.SIGINT, signal.SIG_IGN)                                  # Ctrl-C is the parent's to handle
-    with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, deaf) as pool:
-        results = list(tqdm(pool.imap(run_cell, cells), total=len(cells), desc="two moons", unit="cell"))
-    rows = [row for row, shots in results]
+    steps = STEPS // 8 if args.quick else STEPS
+    cells = [("concentrated", "drift-rae", dim) for dim in DIMS]
+    cells += [("scattered", "drift-rae", dim) for dim in DIMS]
+    cells.append(("scattered", "features", DIMS[-1]))
+    jobs = [(*key, seed, steps) for key in cells for seed in range(args.seeds)]
+    with get_context("spawn").Pool(initializer=start_worker) as pool:
+        runs = pool.imap(run, jobs)
+        results = list(tqdm(runs, "two moons", len(jobs)))
+    rows = [row for row, _ in results]
     with write_atomically(args.out / "two_moons.json", "w") as file:
         json.dump(rows, file, indent=1)
-    pictures(args.out, {(r["regime"], r["dim"], r["method"]): shots for r, shots in results if shots}, dims)
-    print_table(rows)
-
+    shown = results[::args.seeds]                           # seed 0
+    with write_atomically(args.out / "two_moons.png") as file:
+        draw_png(shown).quantize(64).save(file, "PNG")
+    films = [film for row, film in shown if row["dim"] == DIMS[-1]]
+    frames = [sheet(images, 3).quantize(64) for images in zip(*films)]
+    times = [120] * FRAMES + [2500]                         # milliseconds
+    with write_atomically(args.out / "two_moons.gif") as file:
+        frames[0].save(file, "GIF", append_images=frames[1:], save_all=True, duration=times, loop=0)
+    print_means(rows, ["regime", "method", "dim"], DIGITS)
 
 if __name__ == "__main__":
     command(main)

@@ -20,25 +20,21 @@ from toy.digits import DECODER, ENCODER, TEACHER, fit  # noqa: E402
 STEPS = (800, 1500)     # of VAE and flow
 KL = 0.01               # weight of the divergence: made to reconstruct, as SD-VAE
 
-
 class Space(NamedTuple):
     rae: RAE                    # its decode() takes the latents
     raw: torch.Tensor           # as the encoder gives them, [n,D,2,2]
     latents: torch.Tensor       # normalised to mean 0, variance 1 in each channel and position
     labels: torch.Tensor        # [n]
 
-
 def divergence(mean, log_var):
     """KL of N(mean, exp(log_var)) from N(0, I), summed over everything."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
-
 
 def posterior(vae, images):
     """-> mean, logarithm of the variance, and one sample, [B,D,2,2] each."""
     mean, log_var = vae.encode(images).chunk(2, 1)
     noise = torch.randn_like(mean)
     return mean, log_var, mean + (log_var / 2).exp() * noise
-
 
 def negative_elbo(vae, images):
     """A pixel's, with a Bernoulli likelihood."""
@@ -47,7 +43,6 @@ def negative_elbo(vae, images):
     nll = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
     loss = nll / 3 + KL * divergence(mean, log_var)     # three equal channels
     return loss / images[:, 0].numel()
-
 
 def vae_space(checkpoint, width, steps):
     """Train a VAE, its tokens `width` wide, on the digits -> its Space, the posterior's means."""
@@ -64,12 +59,10 @@ def vae_space(checkpoint, width, steps):
     mean, _, raw = posterior(vae, images)
     return space_of(decoder, raw, checkpoint["labels"]), mean
 
-
 def space_of(decoder, raw, labels):
     mean, var = raw.mean(0), raw.var(0)
     rae = RAE(None, decoder, mean, var, input_size=28, eps=0, sigmoid=True)
     return Space(rae, raw, (raw - rae.mean) / rae.std, labels)
-
 
 def flow_teacher(space, steps, seed=0):
     """-> (flow teacher of the space, the same network untrained), in eval mode."""
@@ -77,7 +70,6 @@ def flow_teacher(space, steps, seed=0):
     model = copy.deepcopy(fresh)
     teacher = train_flow(model, space.latents, space.labels, steps, lr=3e-3, seed=seed)
     return teacher, fresh.eval()
-
 
 def ode_path(teacher, z, y):
     """The grid points [50,n,D,h,w] of ode_sample's paths, from the noise z to the end."""
@@ -90,7 +82,6 @@ def ode_path(teacher, z, y):
     points.append(ode_sample(record, z, y))
     return torch.stack(points)
 
-
 def make_vae64(path, checkpoint, steps=STEPS):
     """Train VAE-64 and its flow teacher on the checkpoint's digits; write what read_vae64 reads."""
     torch.manual_seed(0)
@@ -99,7 +90,6 @@ def make_vae64(path, checkpoint, steps=STEPS):
     flow, decoder = teacher.state_dict(), space.rae.decoder.state_dict()
     with write_atomically(path) as file:
         torch.save({"ema": flow, "decoder": decoder, "raw": space.raw}, file)
-
 
 def read_vae64(path, labels):
     """-> flow teacher and Space; labels are the checkpoint's."""
