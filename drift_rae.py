@@ -30,7 +30,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from inspect import getsource
 from itertools import islice
 from math import isqrt, pi
@@ -43,18 +43,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, lr_scheduler
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 # ---- 1  Configuration (§4, Table 8): each line is a flag, as in --n-pos 128, its comment the help
 
 @dataclass
 class Config:
-    steps: int = 250                  # optimizer steps
+    steps: int = 100                  # optimizer steps
     n_class: int = 10                 # classes a step, one after the other
     n_pos: int = 256                  # real images a class, as many as negatives (Table 7)
     n_neg: int = 64                   # generated samples a class that carry gradient
@@ -63,7 +63,7 @@ class Config:
     field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s (Table 3 A)
     perturb: bool = True              # Eq. (12), perturbed queries: modification 2
     windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
-    lr: float = 7e-4                  # learning rate at step 0
+    lr: float = 1e-3                  # learning rate at step 0
     lr_final: float = 0.01            # what it falls to, linearly, as a share of --lr
     betas: tuple = (0.9, 0.95)        # decay of AdamW's two moments
     weight_decay: float = 0.0         # AdamW's
@@ -80,7 +80,7 @@ class Config:
     resume: bool = False              # go on from OUT/state.pt, under its configuration
     save_every: int = 50              # steps between two writes of OUT/state.pt, log.csv
     seed: int = 0                     # of everything random
-    device: str = "auto"              # cpu or cuda; auto: cuda where there is one
+    device: str = "auto"              # cpu, cuda, mps; auto: cuda where there is one
     dtype: str = "fp32"               # bf16: autocast of the networks, not of the field
     compile: bool = False             # torch.compile the student in training
     grad_checkpoint: bool = False     # recompute blocks in the backward pass: less memory
@@ -154,8 +154,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
     Ṽ is a sum over the temperatures: the direction of the paper's mean of losses. The units, which
     it leaves open, are those of Deng et al.'s code (its loss: y_softmax_field, perturb=False).
     Ṽ is normalised, so the loss hardly falls: watch info's `drift_τ`, rms ‖V_τ‖/S; `scale` is S."""
-    gen, pos = at_least_float32(gen), at_least_float32(pos.detach())
-    x = gen.detach()
+    x, pos = gen.detach(), pos.detach()
     neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)
     targets = torch.cat([neg, pos], 1)
     scale = torch.cdist(x, targets).mean().clamp(min=1e-3)   # S, one number: unit of τ and n
@@ -175,9 +174,6 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
     loss = (gen / unit - target).square().mean((1, 2))
     return loss, info
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def tokens(latents, window=1):
     """[N,D,h,w] -> [C,N,D·window²]: a drifting problem for each window of tokens; 1: the paper."""
     require(latents.shape[-1] % window == 0, f"windows of {window} do not divide the tokens' grid")
@@ -192,33 +188,11 @@ def time_shift(u, shift):
 def flow_matching_loss(model, latents, y, shift=1.0):
     """Eq. (1)-(4): x_t = (1−t)·x + t·ε, v regresses ε − x. latents x [B,D,h,w], classes y [B]."""
     noise = torch.randn(latents.shape, device=latents.device)
-    u = torch.rand(len(latents), device=latents.device)      # released teachers: sigmoid(N(0, 1))
+    u = torch.randn(len(latents), device=latents.device).sigmoid()       # as released teachers
     t = time_shift(u, shift)
     t_column = t.view(-1, 1, 1, 1)
     v = model((1 - t_column) * latents + t_column * noise, t, y)
     return (v - (noise - latents)).square().mean()
-
-def train_flow(model, latents, labels, steps, *, batch_size=128, lr=1.5e-3, shift=1.0, decay=0.995,
-               seed=0):
-    """Train the digits' teacher: latents [n,D,h,w], labels [n] -> moving average of the weights."""
-    torch.manual_seed(seed)
-    ema = deepcopy(model).requires_grad_(False).eval()
-    optimizer = AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1, cycle_momentum=False)
-    for _ in trange(steps, desc="teacher"):
-        i = torch.randint(len(latents), (batch_size,))
-        loss = flow_matching_loss(model, latents[i], labels[i], shift)
-        optimizer.zero_grad()
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        update_average(ema, model, decay)
-    return ema
-
-def update_average(average, model, decay):
-    for a, p in zip(average.parameters(), model.parameters()):
-        a.lerp_(p.detach(), 1 - decay)
 
 @torch.no_grad()
 def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
@@ -274,7 +248,8 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     sum_over_ranks(p.grad for p in student.parameters())
     sum_over_ranks(log.values())
     norm = clip_grad_norm_(student.parameters(), cfg.clip)
-    require(norm.isfinite(), f"NaN or infinite gradient at step {step}: is --lr too high?")
+    if not norm.isfinite():
+        raise FloatingPointError(f"NaN or infinite gradient at step {step}: is --lr too high?")
     optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - cfg.lr * cfg.lr_final) * step / cfg.steps
     optimizer.step()
     optimizer.zero_grad()
@@ -282,27 +257,38 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     update_average(ema, student, decay=0.5 * (cfg.ema / 0.5) ** warmth)
     return log | {"grad_norm": norm}
 
+def update_average(average, model, decay):
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p.detach(), 1 - decay)
+
 def distil(student, data, cfg, rae=None, state=None):
     """Train `student`, a copy of the teacher -> the moving average of its weights, in eval mode.
-    data, rae: as in `batches`. Writes OUT/log.csv and OUT/state.pt, from which state resumes."""
+    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt, from which `state` resumes, and,
+    given the rae, OUT/samples.png."""
     student.eval()                                           # no label is dropped
     ema = deepcopy(student).requires_grad_(False)
     optimizer = AdamW(student.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay,
                       fused=True)
     log = []
     if state:
-        student.load_state_dict(state["student"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
-    steps = batches(data, len(log), cfg, rae)
-    began = perf_counter()
-    for step, batch in tqdm(steps, "distil", cfg.steps, initial=len(log), disable=rank() > 0):
+    middle = f"drift_{cfg.temperatures[len(cfg.temperatures) // 2]:g}"
+    first, began = len(log), perf_counter()
+    steps = batches(data, first, cfg, rae)
+    bar = tqdm(steps, "distil", cfg.steps, initial=first, disable=rank() > 0,
+               unit="images", unit_scale=cfg.n_class * cfg.n_pos)
+    for step, batch in bar:
         means = train_step(student, ema, optimizer, batch, step, cfg)
         row = {name: value.item() for name, value in means.items()}
         log.append({"step": step, **row, "seconds": perf_counter() - began})
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        bar.set_postfix(drift=row[middle], grad_norm=row["grad_norm"])
+        if rank() == 0 and (step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0):
             save_state(student, ema, optimizer, log, cfg)
+            if rae:
+                path = Path(cfg.out, "samples.png")
+                save_grid(path, partial(one_step, ema), rae, data.classes[:10], 8, cfg)
     return ema
 
 # ---- The method ends here. Below: the networks, and what a real run needs.
@@ -538,6 +524,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
     def forward(self, y):
         if self.training:
             dropped = torch.rand_like(y, dtype=torch.float32) < self.dropout_prob
@@ -585,7 +572,7 @@ class DiTDH(nn.Module):
         # one condition a token; a SiLU here and another in each adaLN, both as released
         condition = self.s_projector(F.silu(time_embedding + features))      # [B,N,H]
         out = self.x_embedder(x).flatten(2).mT
-        out = at_least_float32(out)                          # stays so under autocast
+        out = out.to(x.dtype)                                # float32 again under autocast
         for block in self.blocks[self.depth[0]:]:
             out = block(out, condition, self.dec_feat_rope)
         out = self.final_layer(out, condition)               # [B,N,D]
@@ -628,6 +615,9 @@ class Positives(Dataset):
     source: object                    # latents [n,D,h,w], or an ImageFolder of uint8 [H,W,3]
     labels: np.ndarray                # [n]
     cfg: Config
+    @cached_property
+    def classes(self):
+        return np.unique(self.labels).tolist()               # that have images
     def __getitem__(self, item):
         step, c = item
         rng = stream(self.cfg, "positives", step, c)
@@ -644,15 +634,15 @@ class Positives(Dataset):
 
 def batches(data, first, cfg, rae=None):
     """Yields (step, batch) from step `first` on; batch: this rank's (class, latents [P,D,h,w]).
-    data: Positives; where they are images the rae encodes them."""
+    data: Positives; images are encoded by the rae."""
     mine = {}
     for step in range(first, cfg.steps):
         rng = stream(cfg, "classes", step)
-        classes = rng.choice(data.labels.max() + 1, cfg.n_class, replace=False)
-        mine[step] = classes.tolist()[rank()::world()]
+        chosen = rng.choice(data.classes, cfg.n_class, replace=False)
+        mine[step] = chosen.tolist()[rank()::world()]
     items = [(step, c) for step in mine for c in mine[step]]
     pairs = map(data.__getitem__, items)
-    if rae:
+    if isinstance(data.source, ImageFolder):
         loader = DataLoader(data, batch_size=None, sampler=items, num_workers=cfg.workers)
         pairs = ((c, encode(rae, images, cfg)) for c, images in loader)
     for step in mine:
@@ -732,21 +722,19 @@ def released_rae(models, vit_b14=(518, 14, 768, 12, 12)):
         mean, var = statistics["mean"], statistics["var"]
     return RAE(encoder, decoder, mean, var, input_size=mean.shape[-1] * vit_b14[1])
 
-def load_pair(path, cfg):
-    """(generator, RAE, what else our own files hold) of a teacher or student, on the device."""
+def load_pair(path, cfg, weights=None):
+    """(generator, RAE, what our own files hold) of a teacher or student; of a run its weights."""
     with reading(path) as checkpoint:
-        model = DiTDH.from_state_dict(checkpoint.get("ema", checkpoint)).eval()
-        ours = checkpoint if checkpoint.get("rae") else {}
-        rae = build_rae(ours["rae"]) if ours else None
+        model = DiTDH.from_state_dict(weights or checkpoint.get("ema", checkpoint)).eval()
+        ours = checkpoint if "rae" in checkpoint else {}
+        rae = build_rae(ours["rae"]) if ours.get("rae") else None
     rae = rae or released_rae(cfg.models)
     shape = [model.in_channels, model.input_size, model.input_size]
-    require(list(rae.mean.shape) == shape, f"{path} makes latents {shape}, its autoencoder others")
+    require(list(rae.mean.shape) == shape, f"latents {shape} are not of {path}'s autoencoder")
     return model.to(cfg.device), rae.to(cfg.device), ours
 
 def save_state(student, ema, optimizer, log, cfg):
     """Write OUT/state.pt and OUT/log.csv."""
-    if rank() > 0:
-        return
     state = {"student": student.state_dict(), "ema": ema.state_dict(), "log": log,
              "optimizer": optimizer.state_dict(), "config": asdict(cfg)}
     with write_atomically(Path(cfg.out, "state.pt")) as file:
@@ -778,26 +766,27 @@ def generate(sampler, rae, labels, cfg):
         images.append(to_uint8(rae.decode(latents)))         # in fp32: bf16 has too few grey levels
     return torch.cat(images)
 
-def save_grid(path, images, columns):
-    """Images uint8 [n,H,W,3] -> a PNG with `columns` of them in a row."""
+def save_grid(path, sampler, rae, classes, n_each, cfg):
+    """A PNG of n_each samples of each class, a row a class; the same noise each time."""
+    labels = torch.tensor(classes).repeat_interleave(n_each)
+    images = generate(sampler, rae, labels, cfg)
     with write_atomically(path) as file:
-        save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=columns, padding=1)
+        save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=n_each, padding=1)
 
 def sample(cfg):
     """--sample: as many images of each class (§4) to FILE.npz (for eval_fid.py) or FILE.png."""
-    model, rae, _ = load_pair(Path(cfg.out, "student.pt"), cfg)
+    model, rae, saved = load_pair(Path(cfg.out, "student.pt"), cfg)
     sampler = partial(one_step, guide(model, cfg.guidance))
-    names = cfg.classes.split(",") if cfg.classes else range(model.num_classes)
-    classes = torch.tensor([int(name) for name in names])
-    last = model.num_classes - 1
-    require(0 <= classes.min() <= classes.max() <= last, f"the model's classes are 0 to {last}")
+    classes = known = saved.get("classes", [*range(model.num_classes)])
+    if cfg.classes:
+        classes = [int(name) for name in cfg.classes.split(",")]
+    require(set(classes) <= set(known), f"--classes: the student was distilled on {known}")
     n_each, rest = divmod(cfg.sample, len(classes))
     require(rest == 0, f"--sample must be a multiple of {len(classes)}, the number of classes")
     if cfg.to.endswith(".png"):
-        images = generate(sampler, rae, classes.repeat_interleave(n_each), cfg)
-        save_grid(Path(cfg.to), images, columns=n_each)
+        save_grid(Path(cfg.to), sampler, rae, classes, n_each, cfg)
     else:
-        labels = classes.repeat(n_each)
+        labels = torch.tensor(classes).repeat(n_each)
         images = generate(sampler, rae, labels, cfg)
         with write_atomically(Path(cfg.to)) as file:
             np.savez(file, arr_0=images.numpy(), arr_1=labels.numpy())
@@ -822,7 +811,7 @@ def require(condition, sentence):
     if not condition:
         raise ValueError(sentence)
 
-CHOICES = {"field": FIELDS, "preset": PRESETS, "device": ["auto", "cpu", "cuda"],
+CHOICES = {"field": FIELDS, "preset": PRESETS, "device": ["auto", "cpu", "cuda", "mps"],
            "dtype": ["fp32", "bf16"]}
 
 def parse(argv=None):
@@ -834,13 +823,15 @@ def parse(argv=None):
         if field.type is bool:
             kind = {"action": BooleanOptionalAction}
         elif field.type is tuple:
-            kind = {"type": type(field.default[0]), "nargs": "+"}
+            nargs = 2 if field.name == "betas" else "+"
+            kind = {"type": type(field.default[0]), "nargs": nargs}
         kind["help"] = f"{comments[field.name]} (default: {field.default!r})"
         parser.add_argument("--" + field.name.replace("_", "-"), default=SUPPRESS, **kind)
     return vars(parser.parse_args(argv))
 
 LIMITS = {"steps": (1, 1e9), "n_class": (1, 1e9), "n_pos": (1, 1e9), "n_neg": (2, 1e9),
           "n_extra_neg": (0, 1e9), "temperatures": (1e-6, 1e6), "windows": (1, 1e3), "lr": (0, 1e3),
+          "lr_final": (0, 1), "betas": (0, 1), "weight_decay": (0, 1e3), "clip": (0, 1e9),
           "ema": (0.5, 1), "ema_warmup": (1, 1e9), "save_every": (1, 1e9), "seed": (0, 1e18),
           "workers": (0, 1e3), "batch_size": (1, 1e9), "sample": (0, 1e9), "guidance": (-10, 10)}
 MAY_CHANGE = {"out", "resume", "device", "teacher", "data", "models", "workers", "save_every",
@@ -851,7 +842,6 @@ def check(cfg):
     for name, (low, high) in LIMITS.items():
         for value in np.atleast_1d(getattr(cfg, name)):
             require(low <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value}")
-    require(len(cfg.betas) == 2, "betas takes two numbers")
     to_file = cfg.to.endswith((".npz", ".png"))
     require(to_file == bool(cfg.sample), "sampling takes --sample N --to FILE.npz or FILE.png")
 
@@ -866,22 +856,24 @@ def resume(given):
 def begin(cfg):
     """A new run: not over one that is not done; for the digits there may be no teacher yet."""
     out = Path(cfg.out)
-    if (out / "state.pt").exists():
-        with reading(out / "state.pt", mmap=True) as state:
+    old = out / "state.pt"
+    if old.exists():
+        with reading(old, mmap=True) as state:
             left = state["config"]["steps"] - len(state["log"])
         require(left == 0, f"{out} holds a run that lacks {left} steps: --resume, or change --out")
+        old.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    made = cfg.teacher or cfg.preset != "digits" or (out / "teacher.pt").exists()
-    if rank() == 0 and not made:                             # the other ranks wait in `connect`
+    if not cfg.teacher and cfg.preset == "digits" and not (out / "teacher.pt").exists():
         from toy.digits import make_teacher
         make_teacher(out / "teacher.pt", cfg.seed)
 
 def connect(cfg):
     """Find this process's device, and the other ranks."""
-    found = torch.cuda.is_available()
-    require(found or cfg.device != "cuda", "--device cuda: torch finds none")
+    found = {"cuda": torch.cuda.is_available(), "cpu": True,
+             "mps": torch.backends.mps.is_available()}
     if cfg.device == "auto":
-        cfg.device = "cuda" if found else "cpu"
+        cfg.device = "cuda" if found["cuda"] else "cpu"
+    require(found[cfg.device], f"--device {cfg.device}: torch finds none")
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.allow_tf32 = False              # fp32 is fp32
@@ -891,34 +883,38 @@ def connect(cfg):
 def run(cfg, state, began):
     """Distil; write student.pt, samples.png and, for the digits, metrics.json to OUT."""
     out = Path(cfg.out)
-    student, rae, ours = load_pair(cfg.teacher or out / "teacher.pt", cfg)   # the teacher's copy
+    teacher = cfg.teacher or out / "teacher.pt"
+    student, rae, ours = load_pair(teacher, cfg, state and state["student"])
     if cfg.data:
         reader = partial(read_image, size=rae.decoder.image_size)
         source = ImageFolder(cfg.data, loader=reader)
         labels = np.array(source.targets)
+        names, n = source.classes, student.num_classes
+        if set(names) <= {str(c) for c in range(n)}:         # as in 217/: the teacher's numbers
+            labels = np.array(names, int)[labels]
+        else:
+            require(len(names) == n, f"{cfg.data} has {len(names)} folders, the teacher {n} "
+                    "classes: name the folders of a few by their numbers, as in 217/")
     else:
         require("images" in ours, "this teacher's file has no images: name a folder with --data")
         source, labels = encode(rae, ours["images"], cfg), ours["labels"].numpy()
-    n_classes = labels.max() + 1
-    require(world() <= cfg.n_class <= student.num_classes == n_classes,
-            f"it must hold: processes {world()} <= --n-class {cfg.n_class} <= classes of the "
-            f"teacher {student.num_classes} = classes of images {n_classes}")
+    data = Positives(source, labels, cfg)
+    require(world() <= cfg.n_class <= len(data.classes), f"it must hold: processes {world()} <= "
+            f"--n-class {cfg.n_class} <= classes of the images {len(data.classes)}")
     if cfg.grad_checkpoint:                                  # keep a block's input alone
         for block in student.blocks:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     if cfg.compile:
         student.compile(dynamic=False)
-    ema = distil(student, Positives(source, labels, cfg), cfg, rae if cfg.data else None, state)
+    ema = distil(student, data, cfg, rae, state)
     if rank() > 0:
         return
     with write_atomically(out / "student.pt") as file:
-        torch.save({"ema": ema.state_dict(), "rae": ours.get("rae")}, file)
+        saved = {"ema": ema.state_dict(), "rae": ours.get("rae"), "classes": data.classes}
+        torch.save(saved, file)
     if "judge" in ours:
         from toy.digits import report
         report(ema, rae, ours, cfg, began)
-    else:
-        labels = torch.arange(min(10, n_classes)).repeat_interleave(8)
-        save_grid(out / "samples.png", generate(partial(one_step, ema), rae, labels, cfg), 8)
 
 def main(argv=None):
     began, given = perf_counter(), parse(argv)
@@ -927,7 +923,7 @@ def main(argv=None):
     else:
         cfg, state = Config(**PRESETS[given.get("preset", Config.preset)] | given), None
     check(cfg)
-    if not (cfg.resume or cfg.sample):
+    if not (cfg.resume or cfg.sample or rank() > 0):         # other ranks wait in `connect`
         begin(cfg)
     connect(cfg)
     if not cfg.sample:
@@ -943,7 +939,7 @@ def command(main):
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted: what is saved is kept; drift_rae.py goes on with --resume")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(str(error).strip().rpartition("\n")[2])     # above it: a reader's traceback
 
 if __name__ == "__main__":

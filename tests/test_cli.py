@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def broken(teacher, tmp_path):
 
 def test_ctrl_c_loses_what_came_after_the_last_save(broken):
     assert steps_saved(broken) == 6
-    assert names(broken) == {"state.pt", "log.csv"}
+    assert names(broken) == {"state.pt", "log.csv", "samples.png"}
 
 
 def test_a_run_that_is_not_done_is_not_overwritten(broken, teacher):
@@ -142,6 +143,43 @@ def test_finished_runs_may_be_repeated_and_copied(teacher, tmp_path, no_report):
     os.utime(b / "student.pt", (0, 0))      # older than state.pt
     run("--teacher", teacher, "--out", b, *FEW)
     assert_same_run(a, b)
+
+
+def test_a_new_run_that_breaks_early_leaves_no_state_of_the_run_before(whole, teacher, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    sentence("--teacher", teacher, "--out", tmp_path, *FEW, "--lr", 1000)
+    assert not (tmp_path / "state.pt").exists()
+    assert (tmp_path / "student.pt").exists()
+
+
+def test_a_run_resumes_only_with_a_teacher_of_its_latents(broken, saved, tmp_path):
+    out = shutil.copytree(broken, tmp_path / "out")
+    saved["rae"] = saved["rae"] | {name: torch.ones(7, 2, 2) for name in ("mean", "var")}
+    saved["ema"] = dr.DiTDH(2, 7, (16, 24), (1, 1), (2, 2), 10).state_dict()
+    torch.save(saved, tmp_path / "other.pt")
+    said = sentence("--resume", "--out", out, "--teacher", tmp_path / "other.pt")
+    assert said == f"latents [64, 2, 2] are not of {tmp_path}/other.pt's autoencoder"
+
+
+def test_a_look_is_taken_at_every_save(teacher, tmp_path, monkeypatch, no_report):
+    """A row a class, eight samples of the moving average."""
+    looks = []
+    def note(path, sampler, rae, classes, n_each, cfg):
+        looks.append((path, sampler.args[0], classes, n_each))
+    monkeypatch.setattr(dr, "save_grid", note)
+    run("--teacher", teacher, "--out", tmp_path, *FEW, "--steps", 5, "--save-every", 2)
+    assert len(looks) == 3
+    for path, model, classes, n_each in looks:
+        assert path == tmp_path / "samples.png"
+        assert not any(p.requires_grad for p in model.parameters())
+        assert classes == [*range(10)]
+        assert n_each == 8
+
+
+def test_the_bar_shows_drift_gradient_and_images(teacher, tmp_path, capfd, no_report):
+    run("--teacher", teacher, "--out", tmp_path, *FEW)
+    said = capfd.readouterr().err
+    assert re.search(r"images/s, drift=[\d.e-]+, grad_norm=[\d.e-]+", said)
 
 
 def test_another_seed_gives_another_student(teacher, tmp_path, no_report):
@@ -333,7 +371,7 @@ def test_samples_must_share_out_over_the_classes(whole, tmp_path, name):
 def test_classes_must_be_of_the_model(whole, tmp_path, classes):
     said = sentence("--out", whole, "--to", tmp_path / "x.npz", "--sample", 4,
                     f"--classes={classes}")
-    assert said == "the model's classes are 0 to 9"
+    assert said == f"--classes: the student was distilled on {[*range(10)]}"
 
 
 @pytest.mark.parametrize("classes", ["one", 10**20])
@@ -476,7 +514,8 @@ def test_a_missing_part_is_named(said_of, saved, part, key):
 def test_teacher_and_autoencoder_must_fit(said_of, saved):
     other = dr.DiTDH(2, 7, (16, 24), (1, 1), (2, 2), 10)
     said = said_of(saved | {"ema": other.state_dict()})
-    assert said.endswith("bad.pt makes latents [7, 2, 2], its autoencoder others")
+    assert said.startswith("latents [7, 2, 2] are not of ")
+    assert said.endswith("bad.pt's autoencoder")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -501,11 +540,12 @@ def test_a_bare_teacher_is_taken_for_an_official_one(said_of, saved, tmp_path):
 
 BAD = {"steps": [0], "n_class": [0], "n_pos": [0], "n_neg": [1], "n_extra_neg": [-1],
        "temperatures": [0, -0.1, "nan", "inf"], "windows": [0], "lr": [-1, "nan", "inf"],
+       "lr_final": [-0.1, 1.1], "weight_decay": [-1, "nan"], "clip": [-1, "nan"],
        "ema": [0.4, 1.1], "ema_warmup": [0], "save_every": [0], "seed": [-1], "workers": [-1],
        "batch_size": [0], "sample": [-1], "guidance": [11, "nan"]}
 
 
-@pytest.mark.parametrize("name", dr.LIMITS)
+@pytest.mark.parametrize("name", BAD)
 def test_numbers_out_of_bounds_are_named(tmp_path, name):
     flag = "--" + name.replace("_", "-")
     for value in [*BAD[name], 10**20]:
@@ -515,9 +555,13 @@ def test_numbers_out_of_bounds_are_named(tmp_path, name):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("flags", [["--betas", 1.5, 0.9], ["--weight-decay", -1]])
-def test_adamw_says_what_it_does_not_take(teacher, tmp_path, flags):
-    assert "Invalid" in sentence("--teacher", teacher, "--out", tmp_path, *FEW, *flags)
+def test_every_bound_is_tested():
+    assert dr.LIMITS.keys() == BAD.keys() | {"betas"}
+
+
+def test_betas_are_two_from_0_to_1(tmp_path):
+    assert sentence("--out", tmp_path, "--betas", 1.5, 0.9) == "betas must be from 0 to 1, not 1.5"
+    assert "--betas: expected 2 arguments" in sentence("--out", tmp_path, "--betas", 0.9)
 
 
 @pytest.mark.parametrize("flags", [["--unknown"], ["--preset", "no"], ["--field", "no"],
@@ -538,13 +582,15 @@ def refused(teacher, tmp_path):
     return partial(sentence, "--teacher", teacher, "--out", tmp_path, *FEW)
 
 
-def test_there_must_be_the_device_asked_for(refused):
-    assert refused("--device", "cuda") == "--device cuda: torch finds none"
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_there_must_be_the_device_asked_for(refused, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert refused("--device", device) == f"--device {device}: torch finds none"
 
 
 def test_there_must_be_as_many_classes_as_a_step_takes(refused):
     said = refused("--n-class", 11)
-    assert "processes 1 <= --n-class 11 <= classes of the teacher 10" in said
+    assert "processes 1 <= --n-class 11 <= classes of the images 10" in said
 
 
 def test_a_step_must_have_a_class_for_each_process(teacher, tmp_path, monkeypatch):
@@ -585,14 +631,16 @@ def test_a_folder_that_cannot_be_is_named(teacher, whole, tmp_path, folder):
     assert out in sentence("--out", whole, "--sample", 10, "--to", f"{out}/a.npz")
 
 
-def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(refused, whole, tmp_path):
-    shutil.copy(whole / "state.pt", tmp_path)
-    before = (tmp_path / "state.pt").read_bytes()
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(broken, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(broken / "state.pt", out)
+    before = (out / "state.pt").read_bytes()
     with no_file_over(200_000):
-        said = refused("--seed", 1)
-    assert said.startswith(f"cannot write {tmp_path}/state.pt, an old file is kept: ")
-    assert (tmp_path / "state.pt").read_bytes() == before
-    assert names(tmp_path) == {"state.pt"}
+        said = sentence("--resume", "--out", out)
+    assert said.startswith(f"cannot write {out}/state.pt, an old file is kept: ")
+    assert (out / "state.pt").read_bytes() == before
+    assert names(out) == {"state.pt"}
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.png"])

@@ -10,6 +10,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -230,7 +231,52 @@ def test_a_folder_without_classes_is_named(refused, tmp_path):
 def test_a_folder_must_hold_the_classes(refused, released, tmp_path, count):
     for c in range(count):
         shutil.copytree(released / "train" / "n00", tmp_path / "data" / f"n0{c}")
-    assert f"classes of the teacher 3 = classes of images {count}" in refused()
+    said = refused()
+    assert f"data has {count} folders, the teacher 3 classes: name the folders of a few by" in said
+
+
+# ---- A few of the classes
+
+@pytest.fixture(scope="module")
+def few(released, tmp_path_factory):
+    """OUT of a run on the classes 0 and 2, whose folders are their numbers."""
+    root = tmp_path_factory.mktemp("few")
+    for c, name in enumerate(["n00", "n01", "n02"]):
+        if c != 1:
+            shutil.copytree(released / "train" / name, root / "data" / str(c))
+    run(*command(released, root / "out", "--data", root / "data", "--n-class", 2))
+    return root / "out"
+
+
+def test_a_few_classes_are_drawn_by_their_numbers(few, released):
+    saved = torch.load(few / "student.pt", weights_only=True)
+    assert saved["classes"] == [0, 2]
+    width, height = Image.open(few / "samples.png").size
+    assert height == 2 * 17 + 1
+
+
+def test_positives_of_a_few_classes_have_the_numbers_of_their_folders(few, released, monkeypatch):
+    data = Mock(side_effect=ValueError("seen"))
+    monkeypatch.setattr(dr, "distil", data)
+    flags = command(released, few.parent / "o", "--data", few.parent / "data", "--n-class", 2)
+    with pytest.raises(ValueError, match="seen"):
+        run(*flags)
+    positives = data.call_args.args[1]
+    for (path, _), label in zip(positives.source.samples, positives.labels, strict=True):
+        assert Path(path).parent.name == str(label)
+    assert positives.classes == [0, 2]
+
+
+def test_samples_are_of_the_classes_that_were_distilled(few, released, tmp_path):
+    flags = ["--out", few, "--models", released / "models", "--to", tmp_path / "x.npz"]
+    run(*flags, "--sample", 4)
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 2, 0, 2]
+    assert "was distilled on [0, 2]" in sentence(*flags, "--sample", 4, "--classes", "1")
+
+
+def test_a_step_takes_no_more_classes_than_have_images(few, released, tmp_path):
+    flags = command(released, tmp_path, "--data", few.parent / "data", "--n-class", 3)
+    assert "--n-class 3 <= classes of the images 2" in sentence(*flags)
 
 
 def test_a_class_without_images_is_named(refused, released, tmp_path):

@@ -1,4 +1,4 @@
-"""toy/two_moons.py in small runs: its data, its measures, the collapse and its cure, the command."""
+"""toy/two_moons.py in small runs: its data and measures, the collapse and its cure, the command."""
 import json
 import math
 from functools import partial

@@ -12,6 +12,7 @@ import csv
 import json
 import sys
 import time
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -24,17 +25,17 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import (RAE, Decoder, DiTDH, ViT, build_rae, command, encode,  # noqa: E402
-                       generate, guide, load_teacher, ode_sample, one_step, pixel_logits, require,
-                       to_uint8, train_flow, write_atomically)
+                       flow_matching_loss, generate, guide, load_teacher, ode_sample, one_step,
+                       pixel_logits, require, to_uint8, update_average, write_atomically)
 from toy.plot import panels  # noqa: E402
 from toy.runs import Metrics, grey, judge_network  # noqa: E402
 
 ENCODER = dict(img_size=28, patch_size=14, embed_dim=64, depth=3, num_heads=4, num_registers=4,
                mlp_ratio=4)
 DECODER = dict(latent_dim=64, width=128, depth=3, num_heads=4, mlp_dim=256, patch_size=14, grid=2)
-TEACHER = dict(input_size=2, in_channels=64, hidden_size=(128, 192), depth=(3, 1), num_heads=(4, 4),
+TEACHER = dict(input_size=2, in_channels=64, hidden_size=(96, 128), depth=(3, 1), num_heads=(4, 4),
                num_classes=10)
-STEPS = (400, 500, 3000)    # of encoder, decoder and teacher
+STEPS = (400, 1000, 5000)   # of encoder, decoder and teacher
 TITLES = {"real": "real", "reconstruction": "real, through the RAE",
           "teacher_1step": "teacher, 1 step", "teacher_50step": "teacher, 50 grid points",
           "student_1step": "student, 1 step", "student_guided": "student, guidance 0.1"}
@@ -53,8 +54,8 @@ def turned(images):
     grid = F.affine_grid(maps, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
-def fit(params, loss, n, steps, lr, name, batch=256):
-    """AdamW with a one-cycle rate on loss(i), i being `batch` random indices below n."""
+def fit(params, loss, n, steps, lr, name, batch=256, after=None):
+    """AdamW with a one-cycle rate on loss(i), i being `batch` random indices below n; after()."""
     params = list(params)
     optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1,
@@ -66,6 +67,8 @@ def fit(params, loss, n, steps, lr, name, batch=256):
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         schedule.step()
+        if after:
+            after()
 
 def make_rae(images, labels, steps):
     """Train the encoder, then the decoder -> what build_rae reads. images [n,3,28,28] in [0,1]."""
@@ -94,16 +97,28 @@ def make_rae(images, labels, steps):
 
     def decoder_loss(i):
         # as in RAE, noisy latents: the decoder must mend what a generator gets slightly wrong
-        level = 0.4 * torch.rand(len(i), 1, 1, 1)
+        level = 0.6 * torch.rand(len(i), 1, 1, 1)
         noise = level * torch.randn_like(latents[i])
         logits = pixel_logits(rae.decode(latents[i] + noise))
         return F.binary_cross_entropy_with_logits(logits, images[i])
 
     decoder.requires_grad_(True)
-    fit(decoder.parameters(), decoder_loss, len(images), steps[1], 2e-3, "decoder")
+    fit(decoder.parameters(), decoder_loss, len(images), steps[1], 2e-3, "decoder", batch=128)
     saved = {"encoder_args": ENCODER, "decoder_args": DECODER, "input_size": 28, "sigmoid": True}
     weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
     return saved | weights | {"mean": mean, "var": var}
+
+def train_flow(model, latents, labels, steps, lr=4e-3, batch=128, decay=0.995, seed=0):
+    """A flow teacher of latents [n,D,h,w] with labels [n] -> the moving average of its weights."""
+    torch.manual_seed(seed)
+    ema = deepcopy(model).requires_grad_(False).eval()
+
+    def loss(i):
+        return flow_matching_loss(model, latents[i], labels[i])
+
+    average = partial(update_average, ema, model, decay)
+    fit(model.parameters(), loss, len(latents), steps, lr, "teacher", batch, average)
+    return ema
 
 def make_judge(steps=500):
     """A classifier of the digits: the same for every --seed, so that all runs are comparable."""

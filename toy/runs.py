@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import require, write_atomically  # noqa: E402
+from drift_rae import FIELDS, require, write_atomically  # noqa: E402
 from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
 
 def complete(path, teacher, jobs, work, workers=os.cpu_count()):
@@ -80,6 +80,26 @@ def print_means(rows, by, digits):
         cells = [cell([row[name] for row in same], n) for name, n in digits.items()]
         lines.append([*key, *cells])
     print_table([*by, *digits], lines)
+
+@torch.no_grad()
+def gradient_field(x, pos, neg, temperature, scale, *, noise=None):
+    """Prop. 1 to the letter: S·τ times the gradient of the log-density ratio that drift_field is
+    nearly, so every displacement is divided by its length. Arguments and units as there."""
+    query = x if noise is None else x + noise
+    distance_pos = torch.cdist(query, pos) / scale          # [C,N,P]
+    distance_neg = torch.cdist(query, neg) / scale          # [C,N,M]
+    distance_neg.diagonal(dim1=1, dim2=2).fill_(torch.inf)  # k ≠ j
+    attraction = unit_pull(query, pos, distance_pos, temperature)
+    repulsion = unit_pull(query, neg, distance_neg, temperature)
+    return attraction - repulsion
+
+def unit_pull(query, targets, distance, temperature):
+    """Σ w·(y − query)/distance."""
+    w = (-distance / temperature).softmax(-1)
+    w = w / distance.clamp(min=1e-3)                        # closer, it has no direction
+    return w @ targets - w.sum(-1, keepdim=True) * query
+
+FIELDS["gradient"] = gradient_field     # for Config.field; the command does not offer it
 
 def grey(images):
     """uint8 [n,28,28,3] -> [n,1,28,28] in [0,1]."""

@@ -14,10 +14,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import (RAE, Decoder, DiTDH, ViT, ode_sample,  # noqa: E402
-                       pixel_logits, reading, train_flow, write_atomically)
-from toy.digits import DECODER, ENCODER, TEACHER, fit  # noqa: E402
+                       pixel_logits, reading, write_atomically)
+from toy.digits import DECODER, ENCODER, TEACHER, fit, train_flow  # noqa: E402
 
-STEPS = (800, 1500)     # of VAE and flow
+STEPS = (800, 5000)     # of VAE and flow
 KL = 0.01               # weight of the divergence: made to reconstruct, as SD-VAE
 
 class Space(NamedTuple):
@@ -68,7 +68,7 @@ def flow_teacher(space, steps, seed=0):
     """-> (flow teacher of the space, the same network untrained), in eval mode."""
     fresh = DiTDH(**TEACHER | {"in_channels": space.latents.shape[1]})
     model = copy.deepcopy(fresh)
-    teacher = train_flow(model, space.latents, space.labels, steps, lr=3e-3, seed=seed)
+    teacher = train_flow(model, space.latents, space.labels, steps, seed=seed)
     return teacher, fresh.eval()
 
 def ode_path(teacher, z, y):
