@@ -10,11 +10,11 @@ MNIST, Fréchet distance in a judge's features, 3 seeds: student in one step 3.0
 A Representation Autoencoder (RAE) is a frozen encoder, DINOv2, and a decoder trained to invert it:
 an image becomes a grid of tokens, its latents. The teacher is a flow among them, v(x, t | y): a
 DiT^DH that takes 49 steps to an image. The student starts as its copy and learns to take one step,
-by drifting: each token that it makes is pulled to real tokens of the class and pushed from the
-others that it makes. Where both are distributed alike, the two cancel: V = 0, and it is done.
+by drifting: each token that it makes is pulled to the class's real tokens of its place and pushed
+from the others that it makes there. Where both are distributed alike, V = 0, and it is done.
 
 To read beside the paper; sections 1 to 4 are the method:
-    1 Configuration   §4    Table 8: all constants
+    1 Configuration   §4    Table 8, all of it: PRESETS over the digits' defaults
     2 Drifting        §3.3  Eq. (5), (11) drift_field · Eq. (12) laplace_noise · Eq. (10) drift_loss
     3 Flow            §3.1  Eq. (1)-(4) flow_matching_loss · §3.3 Eq. (8) one_step
     4 Distillation    §4    class_loss, train_step, distil
@@ -60,7 +60,7 @@ class Config:
     n_neg: int = 64                   # generated samples a class that carry gradient
     n_extra_neg: int = 192            # generated samples a class without gradient: modification 3
     temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in units of S, the mean distance
-    field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s (Table 3 A)
+    field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s, a part of Table 3 A
     perturb: bool = True              # Eq. (12), perturbed queries: modification 2
     windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
     lr: float = 1e-3                  # learning rate at step 0
@@ -71,15 +71,15 @@ class Config:
     ema: float = 0.99                 # decay of the weights' moving average, which is the result
     ema_warmup: int = 50              # steps over which that decay rises from 0.5
     # the run
-    preset: str = "digits"            # defaults of all other flags; imagenet256: Table 8
+    preset: str = "digits"            # the defaults shown; imagenet256: those of Table 8
     teacher: str = ""                 # checkpoint of the flow, ours or official; '': OUT/teacher.pt
-    data: str = ""                    # folder of images, a subfolder a class; '': the teacher's own
+    data: str = ""                    # with --teacher: images, a subfolder a class; '': its own
     flip: bool = False                # with --data: mirror half of the positives
     models: str = "models"            # folder of the released files, for an official teacher
     out: str = "out"                  # folder for all that is written
     resume: bool = False              # go on from OUT/state.pt, under its configuration
     save_every: int = 50              # steps between two writes of OUT/state.pt, log.csv
-    seed: int = 0                     # of everything random
+    seed: int = 0                     # of everything random but the digits' judge
     device: str = "auto"              # cpu, cuda, mps; auto: cuda where there is one
     dtype: str = "fp32"               # bf16: autocast of the networks, not of the field
     compile: bool = False             # torch.compile the student in training
@@ -88,8 +88,8 @@ class Config:
     batch_size: int = 256             # images a batch, in sampling and encoding
     sample: int = 0                   # only draw this many images, of all classes alike
     to: str = ""                      # FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or FILE.png
-    classes: str = ""                 # classes to sample, as in 1,5,9; '': all
-    guidance: float = 0.0             # guidance at no cost (ours); 0.1 suits the digits
+    classes: str = ""                 # with --sample: these, as in 1,5,9; '': all
+    guidance: float = 0.0             # with --sample: at no cost (ours); 0.1 suits the digits
 
 # Table 8. The paper's 16 epochs: 10,000 · 32 · 64 samples with gradient, of 1.28 million images.
 PRESETS = {"digits": {}, "imagenet256": dict(
@@ -105,8 +105,8 @@ def drift_field(x, pos, neg, temperature, scale, *, noise=None):
     pos   [C,P,D]  positives: the same token of real samples
     neg   [C,M,D]  negatives: generated samples, the first N being x itself
     noise [C,N,D]  added to the queries alone, Eq. (12): Prop. 1 differentiates at fixed targets
-    The kernel is exp(−distance/τ), τ = scale · temperature. Prop. 1 also divides each displacement
-    by its length, Eq. (11) does not: V is not quite the gradient of the log-density ratio."""
+    The kernel is exp(−distance / (temperature · scale)). Prop. 1 also divides each displacement by
+    its length, Eq. (11) does not: V is not quite its gradient (which is in toy/runs.py)."""
     query = x if noise is None else x + noise
     tau = scale * temperature
     logits_pos = -torch.cdist(query, pos) / tau              # [C,N,P]
@@ -126,7 +126,7 @@ def y_softmax_field(x, pos, neg, temperature, scale, *, noise=None):
     query = x if noise is None else x + noise
     targets = torch.cat([neg, pos], 1)                       # [C,M+P,D]
     distance = torch.cdist(query, targets) / scale
-    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j, but for the floor below
+    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j, but for a weight of 1e-3
     logits = -distance / temperature
     affinity = logits.softmax(-1) * logits.softmax(-2)
     affinity = affinity.clamp(min=1e-6).sqrt()
@@ -149,9 +149,9 @@ def laplace_noise(x, generator=None):
 
 def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, field=drift_field,
                perturb=True, generator=None):
-    """Eq. (10), ‖G − sg[G + Ṽ]‖² -> (loss [C], a mean over N and D; info).
+    """Eq. (10), ‖G − sg[G + Ṽ]‖² -> (loss [C], a mean where the paper has a sum; info).
     gen [C,N,D] with gradient, pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion.
-    Ṽ is a sum over the temperatures: the direction of the paper's mean of losses. The units, which
+    The temperatures' Ṽ are added: the direction of the paper's mean of losses. The units, which
     it leaves open, are those of Deng et al.'s code (its loss: y_softmax_field, perturb=False).
     Ṽ is normalised, so the loss hardly falls: watch info's `drift_τ`, rms ‖V_τ‖/S; `scale` is S."""
     x, pos = gen.detach(), pos.detach()
@@ -164,7 +164,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
     drift = torch.zeros_like(x)
     for temperature in temperatures:
         noise = temperature * scale * n                      # Eq. (12): modification 2
-        with torch.autocast(x.device.type, enabled=False):   # its products would be in bf16
+        with torch.autocast(x.device.type, enabled=False):   # whoever calls: float32 products
             V = field(x, pos, neg, temperature, scale, noise=noise)          # Eq. (11)
         V_scaled = V / unit
         rms = V_scaled.square().mean().clamp(min=1e-8).sqrt()        # one number, too
@@ -222,7 +222,7 @@ def class_loss(student, c, pos, step, cfg):
     z = torch.randn(n, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((n,), c, device=cfg.device)
     with autocast(cfg):
-        # gen first: autocast may keep weights that it has cast, and without gradient under no_grad
+        # gen first: autocast caches the weights that it casts, under no_grad without gradient
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
         extra_neg = gen[:0]                                  # none
         if cfg.n_extra_neg:
@@ -263,8 +263,8 @@ def update_average(average, model, decay):
 
 def distil(student, data, cfg, rae=None, state=None):
     """Train `student`, a copy of the teacher -> the moving average of its weights, in eval mode.
-    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt, from which `state` resumes, and,
-    given the rae, OUT/samples.png."""
+    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt (`state`, where the run goes on:
+    the student then has its weights already) and, given the rae, OUT/samples.png."""
     student.eval()                                           # no label is dropped
     ema = deepcopy(student).requires_grad_(False)
     optimizer = AdamW(student.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay,
@@ -275,16 +275,17 @@ def distil(student, data, cfg, rae=None, state=None):
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
     middle = f"drift_{cfg.temperatures[len(cfg.temperatures) // 2]:g}"
-    first, began = len(log), perf_counter()
-    steps = batches(data, first, cfg, rae)
-    bar = tqdm(steps, "distil", cfg.steps, initial=first, disable=rank() > 0,
+    began = perf_counter()
+    steps = batches(data, len(log), cfg, rae)
+    bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=rank() > 0,
                unit="images", unit_scale=cfg.n_class * cfg.n_pos)
     for step, batch in bar:
         means = train_step(student, ema, optimizer, batch, step, cfg)
         row = {name: value.item() for name, value in means.items()}
         log.append({"step": step, **row, "seconds": perf_counter() - began})
         bar.set_postfix(drift=row[middle], grad_norm=row["grad_norm"])
-        if rank() == 0 and (step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0):
+        done = len(log)
+        if rank() == 0 and (done == cfg.steps or done % cfg.save_every == 0):
             save_state(student, ema, optimizer, log, cfg)
             if rae:
                 path = Path(cfg.out, "samples.png")
@@ -572,7 +573,7 @@ class DiTDH(nn.Module):
         # one condition a token; a SiLU here and another in each adaLN, both as released
         condition = self.s_projector(F.silu(time_embedding + features))      # [B,N,H]
         out = self.x_embedder(x).flatten(2).mT
-        out = out.to(x.dtype)                                # float32 again under autocast
+        out = out.to(x.dtype)                                # fp32, as `+ pos_embed` above makes it
         for block in self.blocks[self.depth[0]:]:
             out = block(out, condition, self.dec_feat_rope)
         out = self.final_layer(out, condition)               # [B,N,D]
@@ -769,8 +770,8 @@ def generate(sampler, rae, labels, cfg):
 def save_grid(path, sampler, rae, classes, n_each, cfg):
     """A PNG of n_each samples of each class, a row a class; the same noise each time."""
     labels = torch.tensor(classes).repeat_interleave(n_each)
-    images = generate(sampler, rae, labels, cfg)
     with write_atomically(path) as file:
+        images = generate(sampler, rae, labels, cfg)
         save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=n_each, padding=1)
 
 def sample(cfg):
@@ -787,8 +788,8 @@ def sample(cfg):
         save_grid(Path(cfg.to), sampler, rae, classes, n_each, cfg)
     else:
         labels = torch.tensor(classes).repeat(n_each)
-        images = generate(sampler, rae, labels, cfg)
-        with write_atomically(Path(cfg.to)) as file:
+        with write_atomically(Path(cfg.to)) as file:         # now, not after drawing 50,000
+            images = generate(sampler, rae, labels, cfg)
             np.savez(file, arr_0=images.numpy(), arr_1=labels.numpy())
 
 # ---- 10  Command
@@ -881,7 +882,7 @@ def connect(cfg):
         distributed.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
 
 def run(cfg, state, began):
-    """Distil; write student.pt, samples.png and, for the digits, metrics.json to OUT."""
+    """Distil; write student.pt and, for the digits, the report to OUT."""
     out = Path(cfg.out)
     teacher = cfg.teacher or out / "teacher.pt"
     student, rae, ours = load_pair(teacher, cfg, state and state["student"])
@@ -890,11 +891,11 @@ def run(cfg, state, began):
         source = ImageFolder(cfg.data, loader=reader)
         labels = np.array(source.targets)
         names, n = source.classes, student.num_classes
-        if set(names) <= {str(c) for c in range(n)}:         # as in 217/: the teacher's numbers
+        numbered = all(name.isdigit() for name in names)     # as in 217/
+        if numbered:
             labels = np.array(names, int)[labels]
-        else:
-            require(len(names) == n, f"{cfg.data} has {len(names)} folders, the teacher {n} "
-                    "classes: name the folders of a few by their numbers, as in 217/")
+        require(labels.max() < n and (numbered or len(names) == n), f"{cfg.data} must hold {n} "
+                "folders, one a class of the teacher, or some named by its number, as in 217/")
     else:
         require("images" in ours, "this teacher's file has no images: name a folder with --data")
         source, labels = encode(rae, ours["images"], cfg), ours["labels"].numpy()
@@ -938,9 +939,9 @@ def command(main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: what is saved is kept; drift_rae.py goes on with --resume")
+        sys.exit("interrupted; what was saved of a run goes on with drift_rae.py --resume")
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(str(error).strip().rpartition("\n")[2])     # above it: a reader's traceback
+        sys.exit(str(error).strip().rpartition("\n")[2])     # above it, of a reader: a traceback
 
 if __name__ == "__main__":
     command(main)

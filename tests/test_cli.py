@@ -121,7 +121,7 @@ def broken(teacher, tmp_path):
     out = tmp_path / "broken"
     flags = ["--teacher", teacher, "--out", out, "--steps", 9, *TINY, "--save-every", 3]
     said = interrupted(7, *flags)
-    assert said == "interrupted: what is saved is kept; drift_rae.py goes on with --resume"
+    assert said == "interrupted; what was saved of a run goes on with drift_rae.py --resume"
     return out
 
 
@@ -449,8 +449,8 @@ def test_compile_changes_nothing_but_roundings(teacher, tmp_path, monkeypatch, n
     assert not compiled
     run(*flags, "--out", b, "--compile")
     assert len(compiled) == 1
-    assert difference(a / "state.pt", b / "state.pt") < 1e-5
-    assert difference(path, b / "student.pt") > 1e-4     # it has learnt
+    assert difference(a / "state.pt", b / "state.pt") < 1e-4
+    assert difference(path, b / "student.pt") > 5e-4     # it has learnt
 
 
 # ---- Bad checkpoints

@@ -5,6 +5,7 @@ JPEGs, and the commands of the README's section on ImageNet-256.
 """
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -15,6 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -66,6 +68,10 @@ def save_images(folder, seed):
         mode = ["RGB", "L", "CMYK"][i % 3]
         ending = "JPEG" if i % 3 else "png"
         Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{ending}")
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +140,7 @@ def test_ctrl_c_reaches_the_readers_and_the_run_goes_on_as_if_unbroken(
     _, err = process.communicate()
     assert process.returncode == 1
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("interrupted: ")
+    assert err.splitlines()[-1].startswith("interrupted; ")
     assert 0 < steps_saved(out) < STEPS
     run("--resume", "--out", out, "--workers", 0)
     assert_same_run(whole, out)
@@ -231,8 +237,14 @@ def test_a_folder_without_classes_is_named(refused, tmp_path):
 def test_a_folder_must_hold_the_classes(refused, released, tmp_path, count):
     for c in range(count):
         shutil.copytree(released / "train" / "n00", tmp_path / "data" / f"n0{c}")
-    said = refused()
-    assert f"data has {count} folders, the teacher 3 classes: name the folders of a few by" in said
+    assert "data must hold 3 folders, one a class of the teacher, or some named by" in refused()
+
+
+@pytest.mark.parametrize("classes", [(1, 2, 3), (0, 3)])
+def test_folders_that_are_numbers_must_be_classes_of_the_teacher(refused, released, tmp_path, classes):
+    for c in classes:
+        shutil.copytree(released / "train" / "n00", tmp_path / "data" / str(c))
+    assert "data must hold 3 folders" in refused()
 
 
 # ---- A few of the classes
@@ -272,6 +284,42 @@ def test_samples_are_of_the_classes_that_were_distilled(few, released, tmp_path)
     run(*flags, "--sample", 4)
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 2, 0, 2]
     assert "was distilled on [0, 2]" in sentence(*flags, "--sample", 4, "--classes", "1")
+
+
+def readme_scripts():
+    """The two that README's section on ten classes gives to python."""
+    text = (SCRIPT.parent / "README.md").read_text()
+    return re.findall(r"python - <<'?END'?\n(.*?)END", text, re.DOTALL)
+
+
+def test_readme_names_the_folders_of_imagenette_by_their_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", Mock())
+    wordnet = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777"
+    for name in [*wordnet.split(), "03888257"]:
+        (tmp_path / "imagenette2" / "train" / f"n{name}").mkdir(parents=True)
+        (tmp_path / "imagenette2" / "train" / f"n{name}" / name).touch()
+    exec(readme_scripts()[0], {})
+    train = tmp_path / "imagenette2" / "train"
+    assert names(train / "217") == {"02102040"}              # English springer
+    assert names(train / "701") == {"03888257"}              # parachute
+    assert len(names(train)) == 10
+
+
+def test_readme_draws_the_teacher_in_50_points(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = readme_scripts()[1]
+    models = str(released / "models")
+    small = {"$T": f"{models}/{TEACHER}", ".repeat(500)": ".repeat(2)",
+             "[0, 217, 482, 491, 497, 566, 569, 571, 574, 701]": "[0, 2]",
+             'device="cuda", dtype="bf16"': f'device="cpu", models="{models}"'}
+    for text, replacement in small.items():
+        assert script.count(text) == 1
+        script = script.replace(text, replacement)
+    exec(script, {})
+    drawn = np.load("teacher.npz")
+    assert drawn["arr_0"].shape == (4, 16, 16, 3)
+    assert drawn["arr_1"].tolist() == [0, 2, 0, 2]
 
 
 def test_a_step_takes_no_more_classes_than_have_images(few, released, tmp_path):

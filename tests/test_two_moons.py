@@ -32,17 +32,17 @@ def test_moons_are_standardised():
 
 @pytest.mark.parametrize("dim", [3, 512])
 def test_noise_keeps_its_total_variance_or_the_width_of_the_moons(dim):
-    concentrated = tm.draw("concentrated", dim, 4000).var(0)
+    concentrated = tm.sample_data("concentrated", dim, 4000).var(0)
     assert concentrated[:2].sum().item() == pytest.approx(2, abs=0.1)
     expected = 0.2 * (dim - 2) / dim
     assert concentrated[2:].sum().item() == pytest.approx(expected, rel=0.1)
-    scattered = tm.draw("scattered", dim, 4000).var(0)
+    scattered = tm.sample_data("scattered", dim, 4000).var(0)
     assert scattered[2:].mean().item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("regime", ["concentrated", "scattered"])
 def test_generator_starts_about_as_wide_as_the_data(regime):
-    data = partial(tm.draw, regime, 128)
+    data = partial(tm.sample_data, regime, 128)
     samples = tm.make_generator(data)(torch.randn(4000, 8))
     ratio = samples.std(0) / data(4000).std(0)
     assert samples.shape == (4000, 128)
@@ -91,7 +91,7 @@ def test_attraction_equals_a_naive_loop():
 
 
 def test_training_sees_the_first_coordinates_alone():
-    data = partial(tm.draw, "scattered", 6)
+    data = partial(tm.sample_data, "scattered", 6)
     generator = tm.make_generator(data)
     before = generator[-1].weight.clone()
     steps = list(tm.train(generator, data, seen=2, steps=3))

@@ -1,6 +1,6 @@
 """Where drifting works and where it collapses: two moons hidden in R^D.
 
-    python toy/two_moons.py [--out out] [--seeds 3] [--quick]   a table; two_moons.json, .png, .gif
+    python toy/two_moons.py [--out out] [--seeds 1] [--quick]   a table; two_moons.json, .png, .gif
 
 Two coordinates of the data are the moons, of variance 1 each. The other D − 2 are noise, each of
 variance 0.2/D in the concentrated regime, of 1 in the scattered one. A small network makes such
@@ -31,13 +31,13 @@ from toy.runs import print_means, start_worker  # noqa: E402
 
 DIMS, STEPS, BATCH = (2, 32, 128, 512), 2400, 192           # a step: 192 samples, 192 positives
 TEMPERATURES = torch.tensor([[[0.02]], [[0.05]], [[0.2]]])  # Table 8, as in drift_loss: [T,1,1]
-REPEATS, POINTS = 16, 2000              # energy distances are of so many points, so many times
-FRAMES, SHOWN, ARROWS = 25, 500, 40     # of the GIF; of a panel: points, arrows on some
+REPEATS, POINTS = 16, 2000              # so many energy distances are averaged, of so many points
+FRAMES, SHOWN, ARROWS = 25, 500, 40     # of the GIF, but for the first; of a panel: points, arrows
 CASES = {("concentrated", "drift-rae"): COLOURS[0], ("scattered", "drift-rae"): COLOURS[1],
          ("scattered", "features"): COLOURS[2]}             # regime and method
 PANEL = {"x_ticks": {}, "y_ticks": {}, "size": (240, 290), "right": 8}
 CHART = {"x_log": True, "x_ticks": {dim: str(dim) for dim in DIMS}, "size": (600, 300)}
-LEGEND = {"grey: the data": "#909090", "drift-rae: the loss sees R^D": "black",
+LEGEND = {"grey: the data": "black", "drift-rae: the loss sees R^D": "black",
           "features: it sees the moons": COLOURS[2], "arrows: V of Eq. (11)": "black",
           "spread: 1 is right, 0 a collapse": "black"}
 DIGITS = {"energy_distance": 4, "energy_floor": 4, "spread_ratio": 2, "attraction": 2,
@@ -55,7 +55,7 @@ def moons(n):
     noise = torch.randn(n, 2)
     return (side * arc + 0.05 * noise) / torch.tensor([0.8675, 0.4967])
 
-def draw(regime, dim, n):
+def sample_data(regime, dim, n):
     """The moons in R^D: [n,D]."""
     width = 1.0                                             # scattered: as wide as the moons
     if regime == "concentrated":
@@ -70,7 +70,7 @@ def make_generator(data):
     width = data(POINTS).std(0)                             # [D]
     first, second = nn.Linear(8, 256), nn.Linear(256, 256)
     last = nn.Linear(256, len(width))
-    nn.init.normal_(last.weight, std=0.62)
+    nn.init.normal_(last.weight, std=0.62)                  # as wide as the moons
     last.weight.data *= width[:, None]
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
@@ -81,8 +81,8 @@ def train(generator, data, seen, steps):
     for step in range(steps):
         yield step
         z = torch.randn(BATCH, 8)
-        gen = generator(z)[:, :seen]                        # [N,D]
-        pos = data(BATCH)[:, :seen]                         # [P,D]
+        gen = generator(z)[:, :seen]                        # [N,seen]
+        pos = data(BATCH)[:, :seen]                         # [P,seen]
         loss, _ = drift_loss(gen[None], pos[None])
         optimizer.zero_grad()
         loss.mean().backward()
@@ -99,7 +99,7 @@ def energy_distance(x, y):
     return 2 * distance(x, y) - distance(x, x) - distance(y, y)
 
 def attraction(x, pos):
-    """Σ w·y of Eq. (11), means over x and τ: its length over that of y; how many y count, 1/Σw²."""
+    """Σ w·y of Eq. (11) at x, means over x and τ: its length over y's; how many y count, 1/Σw²."""
     scale = distance(x, torch.cat([x, pos]))                # S, as in drift_loss
     logits = -torch.cdist(x, pos) / (scale * TEMPERATURES)  # [T,N,P]
     weights = logits.softmax(-1)
@@ -110,12 +110,12 @@ def attraction(x, pos):
 
 @torch.no_grad()
 def measure(generator, data, seen):
-    """Of samples, among the moons: energy distance, spread. Of the data alone: the attraction."""
+    """Of samples in the plane: energy distance, spread. Of the data alone: floor, attraction."""
     z = torch.randn(REPEATS, POINTS, 8)
     x = generator(z)[..., :2]
     y = data(REPEATS * POINTS)[:, :2].view_as(x)
     row = {"energy_distance": energy_distance(x, y)}
-    row["energy_floor"] = 2 * distance(y, y) / POINTS       # its mean between two sets of data
+    row["energy_floor"] = 2 * distance(y, y) / POINTS       # the mean between two sets of data
     row["spread_ratio"] = x.std(1).mean() / y.std(1).mean()
     query, pos = data(2 * BATCH)[:, :seen].split(BATCH)
     row["attraction"], row["effective_positives"] = attraction(query, pos)
@@ -148,10 +148,10 @@ def chart(title, results, name, top):
     return axes.image()
 
 def draw_png(results):
-    """The end of every run; the cause below."""
+    """The end of seed 0's runs; the cause below."""
     images = [film[-1] for _, film in results]
-    images.insert(len(DIMS), note(LEGEND, images[0].size))
-    length = chart("why: how far the attraction leads, |Σw·y| / |y|", results, "attraction", 1)
+    images.insert(len(DIMS), note(LEGEND, images[0].size))  # at the end of the first row
+    length = chart("why: how far the attraction leads, |Σw·y| / |y|", results, "attraction", 1.1)
     count = chart("why: how many of 192 positives count", results, "effective_positives", BATCH)
     ends = sheet(images, len(DIMS) + 1)
     causes = sheet([length, count], 2)
@@ -163,7 +163,7 @@ def run(job):
     """-> a row of two_moons.json, and its film, a list of panels."""
     regime, method, dim, seed, steps = job
     torch.manual_seed(seed)
-    data = partial(draw, regime, dim)
+    data = partial(sample_data, regime, dim)
     generator = make_generator(data)
     seen = 2 if method == "features" else dim               # the moons' own coordinates, or all
     pos = data(SHOWN)[:, :seen]
@@ -201,7 +201,7 @@ def main(argv=None):
         draw_png(shown).quantize(64).save(file, "PNG")
     films = [film for row, film in shown if row["dim"] == DIMS[-1]]
     frames = [sheet(images, 3).quantize(64) for images in zip(*films)]
-    times = [120] * FRAMES + [2500]                         # milliseconds
+    times = [120] * FRAMES + [2500]                         # ms: the last one stays
     with write_atomically(args.out / "two_moons.gif") as file:
         frames[0].save(file, "GIF", append_images=frames[1:], save_all=True, duration=times, loop=0)
     print_means(rows, ["regime", "method", "dim"], DIGITS)
