@@ -241,7 +241,7 @@ def test_a_folder_must_hold_the_classes(refused, released, tmp_path, count):
 
 
 @pytest.mark.parametrize("classes", [(1, 2, 3), (0, 3)])
-def test_folders_that_are_numbers_must_be_classes_of_the_teacher(refused, released, tmp_path, classes):
+def test_folders_that_are_numbers_must_be_classes(refused, released, tmp_path, classes):
     for c in classes:
         shutil.copytree(released / "train" / "n00", tmp_path / "data" / str(c))
     assert "data must hold 3 folders" in refused()
