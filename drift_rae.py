@@ -278,7 +278,7 @@ def distil(student, data, cfg, rae=None, state=None):
     began = perf_counter()
     steps = batches(data, len(log), cfg, rae)
     bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=rank() > 0,
-               unit="images", unit_scale=cfg.n_class * cfg.n_pos)
+               unit="images", unit_scale=cfg.n_class * cfg.n_pos)        # real ones
     for step, batch in bar:
         means = train_step(student, ema, optimizer, batch, step, cfg)
         row = {name: value.item() for name, value in means.items()}
@@ -770,8 +770,8 @@ def generate(sampler, rae, labels, cfg):
 def save_grid(path, sampler, rae, classes, n_each, cfg):
     """A PNG of n_each samples of each class, a row a class; the same noise each time."""
     labels = torch.tensor(classes).repeat_interleave(n_each)
+    images = generate(sampler, rae, labels, cfg)
     with write_atomically(path) as file:
-        images = generate(sampler, rae, labels, cfg)
         save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=n_each, padding=1)
 
 def sample(cfg):
@@ -788,8 +788,8 @@ def sample(cfg):
         save_grid(Path(cfg.to), sampler, rae, classes, n_each, cfg)
     else:
         labels = torch.tensor(classes).repeat(n_each)
-        with write_atomically(Path(cfg.to)) as file:         # now, not after drawing 50,000
-            images = generate(sampler, rae, labels, cfg)
+        images = generate(sampler, rae, labels, cfg)
+        with write_atomically(Path(cfg.to)) as file:
             np.savez(file, arr_0=images.numpy(), arr_1=labels.numpy())
 
 # ---- 10  Command
@@ -814,6 +814,7 @@ def require(condition, sentence):
 
 CHOICES = {"field": FIELDS, "preset": PRESETS, "device": ["auto", "cpu", "cuda", "mps"],
            "dtype": ["fp32", "bf16"]}
+NARGS = {"betas": 2}
 
 def parse(argv=None):
     """Command line -> the flags that were given, {field of Config: value}."""
@@ -824,8 +825,7 @@ def parse(argv=None):
         if field.type is bool:
             kind = {"action": BooleanOptionalAction}
         elif field.type is tuple:
-            nargs = 2 if field.name == "betas" else "+"
-            kind = {"type": type(field.default[0]), "nargs": nargs}
+            kind = {"type": type(field.default[0]), "nargs": NARGS.get(field.name, "+")}
         kind["help"] = f"{comments[field.name]} (default: {field.default!r})"
         parser.add_argument("--" + field.name.replace("_", "-"), default=SUPPRESS, **kind)
     return vars(parser.parse_args(argv))

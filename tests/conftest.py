@@ -70,6 +70,10 @@ def wait_until(condition, process):
         time.sleep(0.01)
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 def run(*flags):
     dr.main([str(flag) for flag in flags])
 

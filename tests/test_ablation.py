@@ -16,7 +16,6 @@ from PIL import Image
 
 from drift_rae import Config, drift_field, one_step, tokens
 from toy import ablation
-from toy.runs import gradient_field
 
 FLAGS = ["--seeds", "1", "--steps", "1", "--jobs", "1"]
 
@@ -181,31 +180,3 @@ def test_decode_encode_drifts_nowhere_for_a_perfect_generator(teacher):
         one += squared_drift(through[gen], real[pos])
     assert both < 1.3 * least, (both, least)
     assert one > 4 * least, (one, least)
-
-
-def log_density(x, targets, tau):
-    """That of the kernel exp(−distance/τ) around targets [n,D], but for a constant."""
-    distance = (targets - x).norm(dim=1)
-    return torch.logsumexp(-distance / tau, 0)
-
-
-def test_gradient_field_is_prop_1_by_autograd():
-    """S·τ times the gradient of the log-density ratio, k ≠ j."""
-    g = torch.Generator().manual_seed(0)
-    points = torch.randn(20, 6, generator=g, dtype=torch.float64)
-    x, pos, extra, noise = points.split([5, 7, 3, 5])
-    neg = torch.cat([x, extra])
-    tau = 0.5 * 1.7
-    V = gradient_field(x[None], pos[None], neg[None], 0.5, 1.7, noise=noise[None])
-    for j in range(5):
-        query = (x[j] + noise[j]).requires_grad_()
-        others = torch.cat([neg[:j], neg[j + 1:]])
-        ratio = log_density(query, pos, tau) - log_density(query, others, tau)
-        gradient, = torch.autograd.grad(ratio, query)
-        assert torch.allclose(V[0, j], 1.7 * tau * gradient, atol=1e-9)
-
-
-def test_gradient_field_is_finite_where_a_query_lies_on_a_target():
-    x = torch.zeros(1, 3, 4)
-    V = gradient_field(x, x, x, 0.05, 1.0)
-    assert torch.equal(V, torch.zeros(1, 3, 4))

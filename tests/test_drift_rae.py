@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 import drift_rae as dr
 from toy.digits import train_flow
+from toy.runs import gradient_field
 
 TAUS = (0.05, 0.1, 0.2)
 FIELDS = list(dr.FIELDS.values())
@@ -211,6 +212,22 @@ def test_weights_are_the_gradient_of_the_log_density_ratio():
     one = torch.ones(5, dtype=torch.float64)
     assert error(w[:, :9].sum(1), -one) < 1e-8
     assert error(w[:, 9:].sum(1), one) < 1e-8
+
+
+def test_gradient_field_is_the_gradient_of_the_log_density_ratio():
+    """Times S·τ."""
+    x, pos, extra, noise = problem(0, 1, 5, 7, 3, 6)
+    neg = torch.cat([x, extra], 1)
+    tau = 0.5 * 1.7
+    V = gradient_field(x, pos, neg, 0.5, 1.7, noise=noise)
+    gradient = log_ratio_gradient(x[0] + noise[0], pos[0], neg[0], tau)
+    assert error(V[0], 1.7 * tau * gradient) < 1e-9
+
+
+def test_gradient_field_is_finite_where_a_query_lies_on_a_target():
+    x = torch.zeros(1, 3, 4)
+    V = gradient_field(x, x, x, 0.05, 1.0)
+    assert torch.equal(V, torch.zeros(1, 3, 4))
 
 
 @pytest.mark.parametrize("shift,low,high", [(0.0, 0, 4), (0.3, 10, 1000)])

@@ -22,8 +22,8 @@ from torchvision.datasets import ImageFolder
 
 import drift_rae as dr
 import eval_fid
-from conftest import (SCRIPT, assert_same_run, difference, interrupted, run, sentence, steps_saved,
-                      table, wait_until)
+from conftest import (SCRIPT, assert_same_run, difference, interrupted, names, run, sentence,
+                      steps_saved, table, wait_until)
 
 DECODER = "decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 ENCODER = "dinov2_vitb14_reg4_pretrain.pth"
@@ -68,10 +68,6 @@ def save_images(folder, seed):
         mode = ["RGB", "L", "CMYK"][i % 3]
         ending = "JPEG" if i % 3 else "png"
         Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{ending}")
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,9 @@ def turned(images):
     return F.grid_sample(images, grid, align_corners=False)
 
 def fit(params, loss, n, steps, lr, name, batch=256, after=None):
-    """AdamW with a one-cycle rate on loss(i), i being `batch` random indices below n; after()."""
+    """AdamW with a one-cycle rate on loss(i), i being `batch` random indices below n; after(),
+    if given, is called after each step.
+    """
     params = list(params)
     optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1,

@@ -36,11 +36,11 @@ from toy.vae import make_vae64, ode_path, read_vae64  # noqa: E402
 BATCH = 256         # samples a step where nothing else is said
 GRID = 50           # points of the teacher's Euler grid, as in drift_rae.py's report
 CANDIDATES = (3e-4, 1e-3, 3e-3)
-RATES = {           # the best of these at a quarter of the budget, RAE, seed 0; the last: drift's
+RATES = {           # the best of these at a quarter of the budget, RAE, seed 0
     "regression": 1e-3, "reflow": 1e-3, "dmd": 3e-3, "sid": 3e-4, "twinflow": 3e-4, "ard-4": 1e-3,
     "step-4": 3e-4, "drift-a": 3e-3, "drift": 3e-3, "drift-windows": 3e-3,
     "consistency": 3e-4,    # 1e-3 was better at a quarter; the whole budget diverges with it
-    "msd-2": 3e-3, "drift-gradient": 3e-3}
+    "msd-2": 3e-3, "drift-gradient": 3e-3}      # not tried: drift's
 NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # of a sample; else 1
 CPU = Config(device="cpu")
 

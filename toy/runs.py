@@ -1,4 +1,4 @@
-"""What the experiments share: runs kept in a file, tables of their means, how digits are measured.
+"""What experiments share: runs kept in a file, tables of means, Prop. 1's field, the digits' judge.
 
 A run is one training with one seed, known by its key. `complete` computes the runs that a file
 lacks and writes the file after each, so that the same command goes on where it was interrupted.

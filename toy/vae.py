@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drift_rae import (RAE, Decoder, DiTDH, ViT, ode_sample,  # noqa: E402
                        pixel_logits, reading, write_atomically)
 from toy.digits import DECODER, ENCODER, TEACHER, fit, train_flow  # noqa: E402
+from toy.digits import STEPS as RAE_STEPS  # noqa: E402
 
-STEPS = (800, 5000)     # of VAE and flow
+STEPS = (800, RAE_STEPS[2])     # of VAE and flow, which is trained like the RAE's
 KL = 0.01               # weight of the divergence: made to reconstruct, as SD-VAE
 
 class Space(NamedTuple):
