@@ -270,12 +270,13 @@ def distil(student, data, cfg, rae=None, state=None):
     optimizer = AdamW(student.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay,
                       fused=True)
     log = []
+    began = perf_counter()
     if state:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
+        began -= log[-1]["seconds"]                          # its clock goes on
     middle = f"drift_{cfg.temperatures[len(cfg.temperatures) // 2]:g}"
-    began = perf_counter()
     steps = batches(data, len(log), cfg, rae)
     bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=rank() > 0,
                unit="images", unit_scale=cfg.n_class * cfg.n_pos)        # real ones
@@ -284,7 +285,7 @@ def distil(student, data, cfg, rae=None, state=None):
         row = {name: value.item() for name, value in means.items()}
         log.append({"step": step, **row, "seconds": perf_counter() - began})
         bar.set_postfix(drift=row[middle], grad_norm=row["grad_norm"])
-        done = len(log)
+        done = step + 1
         if rank() == 0 and (done == cfg.steps or done % cfg.save_every == 0):
             save_state(student, ema, optimizer, log, cfg)
             if rae:

@@ -13,12 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"     # in every process a test starts: only t
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the CPU: two processes would ask for two GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import drift_rae as dr  # noqa: E402
 from toy import digits  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # after a shell's &, all would ignore it
 torch.set_num_threads(1)
 SCRIPT = Path(dr.__file__)
 
@@ -139,7 +141,9 @@ def table(out):
 
 
 def assert_same_run(a, b):
-    """Two OUTs, bit for bit."""
+    """Two OUTs, bit for bit; the second's seconds go on over a break."""
     assert difference(a / "state.pt", b / "state.pt") == 0
     assert difference(a / "student.pt", b / "student.pt") == 0
     assert table(a) == table(b)
+    seconds = np.loadtxt(b / "log.csv", delimiter=",", skiprows=1, usecols=-1, ndmin=1)
+    assert (np.diff(seconds) > 0).all()

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -32,9 +31,7 @@ def saved(out):
 def interrupt_after_first_run(out):
     """Table 3 in a process of its own, Ctrl-C -> what it says."""
     command = [sys.executable, ablation.__file__, "--out", out, "--rows", "3", *FLAGS]
-    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # a shell's & ignores it
-    script = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True,
-                              preexec_fn=hear)
+    script = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True)
     while not (out / "ablation.json").exists() and script.poll() is None:
         time.sleep(0.01)
     os.killpg(script.pid, signal.SIGINT)            # as a terminal does: to parent and workers

@@ -3,7 +3,6 @@
 The VAE makes the same 2×2 tokens, with an encoder and a decoder of the same size. As in latent
 diffusion, its latents are samples of the posterior, here one an image.
 """
-import copy
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -66,11 +65,9 @@ def space_of(decoder, raw, labels):
     return Space(rae, raw, (raw - rae.mean) / rae.std, labels)
 
 def flow_teacher(space, steps, seed=0):
-    """-> (flow teacher of the space, the same network untrained), in eval mode."""
-    fresh = DiTDH(**TEACHER | {"in_channels": space.latents.shape[1]})
-    model = copy.deepcopy(fresh)
-    teacher = train_flow(model, space.latents, space.labels, steps, seed=seed)
-    return teacher, fresh.eval()
+    """-> a flow in the space, as drift_rae.py's default trains it in the RAE's."""
+    model = DiTDH(**TEACHER | {"in_channels": space.latents.shape[1]})
+    return train_flow(model, space.latents, space.labels, steps, seed=seed)
 
 def ode_path(teacher, z, y):
     """The grid points [50,n,D,h,w] of ode_sample's paths, from the noise z to the end."""
@@ -87,7 +84,7 @@ def make_vae64(path, checkpoint, steps=STEPS):
     """Train VAE-64 and its flow teacher on the checkpoint's digits; write what read_vae64 reads."""
     torch.manual_seed(0)
     space, _ = vae_space(checkpoint, 64, steps[0])
-    teacher, _ = flow_teacher(space, steps[1])
+    teacher = flow_teacher(space, steps[1])
     flow, decoder = teacher.state_dict(), space.rae.decoder.state_dict()
     with write_atomically(path) as file:
         torch.save({"ema": flow, "decoder": decoder, "raw": space.raw}, file)
