@@ -1,7 +1,7 @@
 """Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE space -> a one-step generator.
 
-MNIST, Fréchet distance in a judge's features, 3 seeds: student in one step 2.16 ± 0.20, teacher in
-49 steps 1.85 ± 0.21, in one 69; halves of the data 1.48. 304 s on 2 CPU cores (AMD EPYC).
+MNIST, Fréchet distance in a classifier's features, 3 seeds: student in one step 2.16 ± 0.20,
+teacher in 49 steps 1.85 ± 0.21; halves of the real ones 1.48. 304 s on 2 CPU cores (AMD EPYC).
 
     python drift_rae.py                           MNIST on a CPU: RAE, teacher, student, table
     python drift_rae.py --teacher ckpt.pt         distil this teacher; --preset imagenet256: Table 8
@@ -12,13 +12,15 @@ an image becomes a grid of tokens, its latents. The teacher is a flow among them
 DiT^DH that takes 49 steps to an image. The student starts as its copy and learns to take one step,
 by drifting: each token that it makes is pulled to the class's real tokens of its place and pushed
 from the others that it makes there. Where both are distributed alike, V = 0, and it is done.
+The paper's modifications: (1) softmax over targets, (2) perturbed queries, (3) detached negatives.
 
 To read beside the paper; sections 1 to 4 are the method:
     1 Configuration   §4    Table 8, all of it: PRESETS over the digits' defaults
     2 Drifting        §3.3  Eq. (5), (11) drift_field · Eq. (12) laplace_noise · Eq. (10) drift_loss
-    3 Flow            §3.1  Eq. (1)-(4) flow_matching_loss · §3.3 Eq. (8) one_step
+    3 Flow            §3.1  Eq. (1)-(4) flow_matching_loss (for toy/digits.py) · Eq. (8) one_step
     4 Distillation    §4    class_loss, train_step, distil
     5 RAE · 6 DiT^DH · 7 Data · 8 Checkpoints · 9 Sampling · 10 Command
+§3.2, why drifting suits this space, and the tables of §4: toy/.
 
 Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samples of one class."""
 import csv
@@ -55,11 +57,11 @@ from tqdm import tqdm
 @dataclass
 class Config:
     steps: int = 100                  # optimizer steps
-    n_class: int = 10                 # classes a step, one after the other
-    n_pos: int = 256                  # real images a class, as many as negatives (Table 7)
-    n_neg: int = 64                   # generated samples a class that carry gradient
-    n_extra_neg: int = 192            # generated samples a class without gradient: modification 3
-    temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in units of S, the mean distance
+    n_class: int = 10                 # classes per step, one after the other
+    n_pos: int = 256                  # real images per class, as many as negatives (Table 7)
+    n_neg: int = 64                   # generated samples per class that carry gradient
+    n_extra_neg: int = 192            # the same without gradient: modification 3
+    temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in mean distances S
     field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s, a part of Table 3 A
     perturb: bool = True              # Eq. (12), perturbed queries: modification 2
     windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
@@ -71,25 +73,25 @@ class Config:
     ema: float = 0.99                 # decay of the weights' moving average, which is the result
     ema_warmup: int = 50              # steps over which that decay rises from 0.5
     # the run
-    preset: str = "digits"            # the defaults shown; imagenet256: those of Table 8
+    preset: str = "digits"            # the defaults shown; imagenet256: Table 8, with flip and bf16
     teacher: str = ""                 # checkpoint of the flow, ours or official; '': OUT/teacher.pt
-    data: str = ""                    # with --teacher: images, a subfolder a class; '': its own
+    data: str = ""                    # images, a subfolder per class; '': the teacher file's
     flip: bool = False                # with --data: mirror half of the positives
-    models: str = "models"            # folder of the released files, for an official teacher
-    out: str = "out"                  # folder for all that is written
+    models: str = "models"            # folder of the released files, where the teacher is official
+    out: str = "out"                  # folder for all that a run writes
     resume: bool = False              # go on from OUT/state.pt, under its configuration
-    save_every: int = 50              # steps between two writes of OUT/state.pt, log.csv
+    save_every: int = 50              # steps between writes of OUT/state.pt, log.csv, samples.png
     seed: int = 0                     # of everything random but the digits' judge
     device: str = "auto"              # cpu, cuda, mps; auto: cuda where there is one
     dtype: str = "fp32"               # bf16: autocast of the networks, not of the field
     compile: bool = False             # torch.compile the student in training
     grad_checkpoint: bool = False     # recompute blocks in the backward pass: less memory
-    workers: int = 4                  # processes a rank that read --data ahead
-    batch_size: int = 256             # images a batch, in sampling and encoding
-    sample: int = 0                   # only draw this many images, of all classes alike
+    workers: int = 4                  # processes per rank that read --data ahead
+    batch_size: int = 256             # images per batch, in sampling and encoding
+    sample: int = 0                   # only draw this many images, with OUT/student.pt
     to: str = ""                      # FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or FILE.png
     classes: str = ""                 # with --sample: these, as in 1,5,9; '': all
-    guidance: float = 0.0             # with --sample: at no cost (ours); 0.1 suits the digits
+    guidance: float = 0.0             # with --sample: w of e(y) + w·(e(y) − e(∅)), free (ours)
 
 # Table 8. The paper's 16 epochs: 10,000 · 32 · 64 samples with gradient, of 1.28 million images.
 PRESETS = {"digits": {}, "imagenet256": dict(
@@ -126,7 +128,7 @@ def y_softmax_field(x, pos, neg, temperature, scale, *, noise=None):
     query = x if noise is None else x + noise
     targets = torch.cat([neg, pos], 1)                       # [C,M+P,D]
     distance = torch.cdist(query, targets) / scale
-    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j, but for a weight of 1e-3
+    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j; the clamp leaves 1e-3
     logits = -distance / temperature
     affinity = logits.softmax(-1) * logits.softmax(-2)
     affinity = affinity.clamp(min=1e-6).sqrt()
@@ -168,7 +170,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
             V = field(x, pos, neg, temperature, scale, noise=noise)          # Eq. (11)
         V_scaled = V / unit
         rms = V_scaled.square().mean().clamp(min=1e-8).sqrt()        # one number, too
-        drift += V_scaled / rms                              # Ṽ: as long, however small V is
+        drift += V_scaled / rms                              # Ṽ: of RMS 1, however small V is
         info[f"drift_{temperature:g}"] = rms
     target = x / unit + drift                                # sg[G + Ṽ]
     loss = (gen / unit - target).square().mean((1, 2))
@@ -213,16 +215,16 @@ def one_step(model, z, y):
     """Eq. (8): G(z) = z − v(z, 1), the student. z [B,D,h,w], y [B] -> latents [B,D,h,w]."""
     return z - model(z, torch.ones(len(z), device=z.device), y)
 
-# ---- 4  Distillation (§4): class c by class, gradients accumulated over the classes of a step
+# ---- 4  Distillation (§4): class by class, gradients accumulated over the classes of a step
 
-def class_loss(student, c, pos, step, cfg):
-    """Loss of class c, a sum over the windows, and what to log; pos [P,D,h,w]: real latents."""
-    generator = torch_stream(cfg, "noise", step, c)          # the same whatever the rank
+def class_loss(student, label, pos, step, cfg):
+    """Loss of one class, a sum over the windows, and what to log; pos [P,D,h,w]: real latents."""
+    generator = torch_stream(cfg, "noise", step, label)      # the same whatever the rank
     n = cfg.n_neg + cfg.n_extra_neg
     z = torch.randn(n, *pos.shape[1:], generator=generator, device=cfg.device)
-    y = torch.full((n,), c, device=cfg.device)
+    y = torch.full((n,), label, device=cfg.device)
     with autocast(cfg):
-        # gen first: autocast caches the weights that it casts, under no_grad without gradient
+        # before extra_neg: a weight that autocast first casts under no_grad is cached without grad
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
         extra_neg = gen[:0]                                  # none
         if cfg.n_extra_neg:
@@ -240,8 +242,8 @@ def train_step(student, ema, optimizer, batch, step, cfg):
     """One step, from noise to the moving average -> what to log, means over the step's classes.
     batch: this rank's (class, positives [P,D,h,w]), one by one; all ranks together have n_class."""
     log = defaultdict(float)
-    for c, pos in batch:
-        loss, info = class_loss(student, c, pos, step, cfg)
+    for label, pos in batch:
+        loss, info = class_loss(student, label, pos, step, cfg)
         (loss / cfg.n_class).backward()
         for name, value in info.items():
             log[name] += value / cfg.n_class
@@ -263,8 +265,8 @@ def update_average(average, model, decay):
 
 def distil(student, data, cfg, rae=None, state=None):
     """Train `student`, a copy of the teacher -> the moving average of its weights, in eval mode.
-    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt (`state`, where the run goes on:
-    the student then has its weights already) and, given the rae, OUT/samples.png."""
+    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt; given the rae, OUT/samples.png.
+    state: what a state.pt holds, to go on from there; the student has its weights already."""
     student.eval()                                           # no label is dropped
     ema = deepcopy(student).requires_grad_(False)
     optimizer = AdamW(student.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay,
@@ -338,7 +340,7 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 class PatchEmbed(nn.Sequential):
-    """Images or latents [B,C,H,W] -> a token a patch, [B,D,h,w]."""
+    """Images or latents [B,C,H,W] -> a token per patch, [B,D,h,w]."""
     def __init__(self, channels, dim, patch_size):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
@@ -408,8 +410,8 @@ class Decoder(nn.Module):
         """The released decoder (bytetriper/RAE); sizes but the heads are read off the tensors."""
         sd = {}
         for key, value in state_dict.items():
-            for official, ours in OFFICIAL_KEYS:
-                key = key.replace(official, ours)
+            for official, short in OFFICIAL_KEYS:
+                key = key.replace(official, short)
             sd[key] = value
         width, latent_dim = sd["embed.weight"].shape
         depth = sum(key.endswith("norm1.weight") for key in sd)
@@ -496,7 +498,7 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
 class DiTBlock(nn.Module):
-    """adaLN block; its condition is a vector a sample, [B,1,D], or in the head a token, [B,N,D]."""
+    """adaLN block; condition: one vector per sample, [B,1,D], or in the head per token, [B,N,D]."""
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.RMSNorm(dim, 1e-6)
@@ -571,10 +573,10 @@ class DiTDH(nn.Module):
         features = self.s_embedder(x).flatten(2).mT + self.pos_embed     # [B,N,E]
         for block in self.blocks[:self.depth[0]]:
             features = block(features, condition, self.enc_feat_rope)
-        # one condition a token; a SiLU here and another in each adaLN, both as released
+        # one condition per token; a SiLU here and another in each adaLN, both as released
         condition = self.s_projector(F.silu(time_embedding + features))      # [B,N,H]
         out = self.x_embedder(x).flatten(2).mT
-        out = out.to(x.dtype)                                # fp32, as `+ pos_embed` above makes it
+        out = out.to(x.dtype)                                # fp32, as `+ pos_embed` above
         for block in self.blocks[self.depth[0]:]:
             out = block(out, condition, self.dec_feat_rope)
         out = self.final_layer(out, condition)               # [B,N,D]
@@ -600,20 +602,20 @@ class DiTDH(nn.Module):
 
 # A draw depends on seed, purpose and place, not on what was drawn before: so a resumed run draws
 # what an unbroken one does, and several ranks what one does.
-STREAMS = {"noise": 0, "positives": 1, "classes": 1, "samples": 2}   # c = −1 sets classes apart
+STREAMS = {"noise": 0, "positives": 1, "classes": 1, "samples": 2}   # classes have no label: −1
 
-def stream(cfg, purpose, index, c=-1):
-    """NumPy's generator for a purpose at step (or of sample) `index`, perhaps of class c."""
-    return np.random.default_rng([cfg.seed, index, c + 1, STREAMS[purpose]])
+def stream(cfg, purpose, index, label=-1):
+    """NumPy's generator for a purpose at step (or of sample) `index`, perhaps of one class."""
+    return np.random.default_rng([cfg.seed, index, label + 1, STREAMS[purpose]])
 
-def torch_stream(cfg, purpose, index, c=-1):
+def torch_stream(cfg, purpose, index, label=-1):
     """The same for tensors, on the device."""
-    seed = stream(cfg, purpose, index, c).integers(2**63)
+    seed = stream(cfg, purpose, index, label).integers(2**63)
     return torch.Generator(cfg.device).manual_seed(int(seed))
 
 @dataclass
 class Positives(Dataset):
-    """Item (step, c): c and n_pos real images of class c, with replacement where it has fewer."""
+    """Item (step, label): that label, n_pos real images of it, repeated where it has fewer."""
     source: object                    # latents [n,D,h,w], or an ImageFolder of uint8 [H,W,3]
     labels: np.ndarray                # [n]
     cfg: Config
@@ -621,34 +623,34 @@ class Positives(Dataset):
     def classes(self):
         return np.unique(self.labels).tolist()               # that have images
     def __getitem__(self, item):
-        step, c = item
-        rng = stream(self.cfg, "positives", step, c)
+        step, label = item
+        rng = stream(self.cfg, "positives", step, label)
         n = self.cfg.n_pos
-        members = np.flatnonzero(self.labels == c)
+        members = np.flatnonzero(self.labels == label)
         chosen = rng.choice(members, n, replace=len(members) < n)
         if isinstance(self.source, torch.Tensor):
-            return c, self.source[chosen]
+            return label, self.source[chosen]
         images = torch.stack([self.source[i][0] for i in chosen])
         if self.cfg.flip:
             mirrored = rng.random(n) < 0.5
             images[mirrored] = images[mirrored].flip(2)
-        return c, images
+        return label, images
 
 def batches(data, first, cfg, rae=None):
     """Yields (step, batch) from step `first` on; batch: this rank's (class, latents [P,D,h,w]).
     data: Positives; images are encoded by the rae."""
-    mine = {}
+    chosen = {}
     for step in range(first, cfg.steps):
         rng = stream(cfg, "classes", step)
-        chosen = rng.choice(data.classes, cfg.n_class, replace=False)
-        mine[step] = chosen.tolist()[rank()::world()]
-    items = [(step, c) for step in mine for c in mine[step]]
+        labels = rng.choice(data.classes, cfg.n_class, replace=False)
+        chosen[step] = labels.tolist()[rank()::world()]
+    items = [(step, label) for step in chosen for label in chosen[step]]
     pairs = map(data.__getitem__, items)
     if isinstance(data.source, ImageFolder):
         loader = DataLoader(data, batch_size=None, sampler=items, num_workers=cfg.workers)
-        pairs = ((c, encode(rae, images, cfg)) for c, images in loader)
-    for step in mine:
-        yield step, islice(pairs, len(mine[step]))
+        pairs = ((label, encode(rae, images, cfg)) for label, images in loader)
+    for step in chosen:
+        yield step, islice(pairs, len(chosen[step]))         # train_step takes them all
 
 def center_crop(image, size):
     """ADM's, of a PIL image: halve while twice too large, resize the short side, cut."""
@@ -725,15 +727,15 @@ def released_rae(models, vit_b14=(518, 14, 768, 12, 12)):
     return RAE(encoder, decoder, mean, var, input_size=mean.shape[-1] * vit_b14[1])
 
 def load_pair(path, cfg, weights=None):
-    """(generator, RAE, what our own files hold) of a teacher or student; of a run its weights."""
+    """-> network, RAE, and what our own file holds beside them; weights: a resumed student's."""
     with reading(path) as checkpoint:
         model = DiTDH.from_state_dict(weights or checkpoint.get("ema", checkpoint)).eval()
-        ours = checkpoint if "rae" in checkpoint else {}
-        rae = build_rae(ours["rae"]) if ours.get("rae") else None
+        saved = checkpoint if "rae" in checkpoint else {}
+        rae = build_rae(saved["rae"]) if saved.get("rae") else None
     rae = rae or released_rae(cfg.models)
     shape = [model.in_channels, model.input_size, model.input_size]
     require(list(rae.mean.shape) == shape, f"latents {shape} are not of {path}'s autoencoder")
-    return model.to(cfg.device), rae.to(cfg.device), ours
+    return model.to(cfg.device), rae.to(cfg.device), saved
 
 def save_state(student, ema, optimizer, log, cfg):
     """Write OUT/state.pt and OUT/log.csv."""
@@ -769,7 +771,7 @@ def generate(sampler, rae, labels, cfg):
     return torch.cat(images)
 
 def save_grid(path, sampler, rae, classes, n_each, cfg):
-    """A PNG of n_each samples of each class, a row a class; the same noise each time."""
+    """A PNG of n_each samples of each class, a row per class; the same noise each time."""
     labels = torch.tensor(classes).repeat_interleave(n_each)
     images = generate(sampler, rae, labels, cfg)
     with write_atomically(path) as file:
@@ -779,10 +781,10 @@ def sample(cfg):
     """--sample: as many images of each class (§4) to FILE.npz (for eval_fid.py) or FILE.png."""
     model, rae, saved = load_pair(Path(cfg.out, "student.pt"), cfg)
     sampler = partial(one_step, guide(model, cfg.guidance))
-    classes = known = saved.get("classes", [*range(model.num_classes)])
+    classes = distilled = saved.get("classes", [*range(model.num_classes)])
     if cfg.classes:
         classes = [int(name) for name in cfg.classes.split(",")]
-    require(set(classes) <= set(known), f"--classes: the student was distilled on {known}")
+    require(set(classes) <= set(distilled), f"--classes: the student was distilled on {distilled}")
     n_each, rest = divmod(cfg.sample, len(classes))
     require(rest == 0, f"--sample must be a multiple of {len(classes)}, the number of classes")
     if cfg.to.endswith(".png"):
@@ -837,7 +839,7 @@ LIMITS = {"steps": (1, 1e9), "n_class": (1, 1e9), "n_pos": (1, 1e9), "n_neg": (2
           "ema": (0.5, 1), "ema_warmup": (1, 1e9), "save_every": (1, 1e9), "seed": (0, 1e18),
           "workers": (0, 1e3), "batch_size": (1, 1e9), "sample": (0, 1e9), "guidance": (-10, 10)}
 MAY_CHANGE = {"out", "resume", "device", "teacher", "data", "models", "workers", "save_every",
-              "compile", "grad_checkpoint", "batch_size"}    # of a resumed run: where, not what
+              "compile", "grad_checkpoint", "batch_size"}    # flags that --resume allows
 
 def check(cfg):
     """ValueError for settings that cannot work."""
@@ -851,12 +853,12 @@ def resume(given):
     """-> the saved Config, of which flags may change little, and the saved state."""
     for name in given:
         require(name in MAY_CHANGE, f"a resumed run keeps its {name}: leave that flag out")
-    here = {"device": "auto", "out": Config.out} | given
-    with reading(Path(here["out"], "state.pt"), mmap=True) as state:
-        return Config(**state["config"] | here), state
+    changes = {"device": "auto", "out": Config.out} | given      # it may go on elsewhere
+    with reading(Path(changes["out"], "state.pt"), mmap=True) as state:
+        return Config(**state["config"] | changes), state
 
 def begin(cfg):
-    """A new run: not over one that is not done; for the digits there may be no teacher yet."""
+    """Before a new run: spare an unfinished one; train the digits' teacher if it is missing."""
     out = Path(cfg.out)
     old = out / "state.pt"
     if old.exists():
@@ -871,11 +873,11 @@ def begin(cfg):
 
 def connect(cfg):
     """Find this process's device, and the other ranks."""
-    found = {"cuda": torch.cuda.is_available(), "cpu": True,
-             "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "cpu": True,
+                 "mps": torch.backends.mps.is_available()}
     if cfg.device == "auto":
-        cfg.device = "cuda" if found["cuda"] else "cpu"
-    require(found[cfg.device], f"--device {cfg.device}: torch finds none")
+        cfg.device = "cuda" if available["cuda"] else "cpu"
+    require(available[cfg.device], f"--device {cfg.device}: torch finds none")
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.allow_tf32 = False              # fp32 is fp32
@@ -886,7 +888,7 @@ def run(cfg, state, began):
     """Distil; write student.pt and, for the digits, the report to OUT."""
     out = Path(cfg.out)
     teacher = cfg.teacher or out / "teacher.pt"
-    student, rae, ours = load_pair(teacher, cfg, state and state["student"])
+    student, rae, saved = load_pair(teacher, cfg, state and state["student"])
     if cfg.data:
         reader = partial(read_image, size=rae.decoder.image_size)
         source = ImageFolder(cfg.data, loader=reader)
@@ -896,10 +898,10 @@ def run(cfg, state, began):
         if numbered:
             labels = np.array(names, int)[labels]
         require(labels.max() < n and (numbered or len(names) == n), f"{cfg.data} must hold {n} "
-                "folders, one a class of the teacher, or some named by its number, as in 217/")
+                "folders, one per class of the teacher, or some named by its number, as in 217/")
     else:
-        require("images" in ours, "this teacher's file has no images: name a folder with --data")
-        source, labels = encode(rae, ours["images"], cfg), ours["labels"].numpy()
+        require("images" in saved, "this teacher's file has no images: name a folder with --data")
+        source, labels = encode(rae, saved["images"], cfg), saved["labels"].numpy()
     data = Positives(source, labels, cfg)
     require(world() <= cfg.n_class <= len(data.classes), f"it must hold: processes {world()} <= "
             f"--n-class {cfg.n_class} <= classes of the images {len(data.classes)}")
@@ -912,11 +914,11 @@ def run(cfg, state, began):
     if rank() > 0:
         return
     with write_atomically(out / "student.pt") as file:
-        saved = {"ema": ema.state_dict(), "rae": ours.get("rae"), "classes": data.classes}
-        torch.save(saved, file)
-    if "judge" in ours:
+        contents = {"ema": ema.state_dict(), "rae": saved.get("rae"), "classes": data.classes}
+        torch.save(contents, file)
+    if "judge" in saved:
         from toy.digits import report
-        report(ema, rae, ours, cfg, began)
+        report(ema, rae, saved, cfg, began)
 
 def main(argv=None):
     began, given = perf_counter(), parse(argv)

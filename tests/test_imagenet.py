@@ -233,7 +233,7 @@ def test_a_folder_without_classes_is_named(refused, tmp_path):
 def test_a_folder_must_hold_the_classes(refused, released, tmp_path, count):
     for c in range(count):
         shutil.copytree(released / "train" / "n00", tmp_path / "data" / f"n0{c}")
-    assert "data must hold 3 folders, one a class of the teacher, or some named by" in refused()
+    assert "data must hold 3 folders, one per class of the teacher, or some named by" in refused()
 
 
 @pytest.mark.parametrize("classes", [(1, 2, 3), (0, 3)])
