@@ -62,7 +62,7 @@ class Config:
     n_neg: int = 64                   # generated samples per class that carry gradient
     n_extra_neg: int = 192            # the same without gradient: modification 3
     temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in mean distances S
-    field: str = "softmax"            # Eq. (11); y-softmax: Deng et al.'s, a part of Table 3 A
+    field: str = "softmax"            # Eq. (11), modification 1; y-softmax: Deng et al.'s
     perturb: bool = True              # Eq. (12), perturbed queries: modification 2
     windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
     lr: float = 1e-3                  # learning rate at step 0
