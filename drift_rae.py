@@ -615,7 +615,7 @@ def torch_stream(cfg, purpose, index, label=-1):
 
 @dataclass
 class Positives(Dataset):
-    """Item (step, label): that label, n_pos real images of it, repeated where it has fewer."""
+    """Item (step, label): that label, n_pos real images of it, with replacement if it has fewer."""
     source: object                    # latents [n,D,h,w], or an ImageFolder of uint8 [H,W,3]
     labels: np.ndarray                # [n]
     cfg: Config

@@ -140,7 +140,7 @@ def test_one_seed_and_nan_give_no_verdict():
 
 
 def test_a_run_that_ends_in_nan_is_kept(teacher, monkeypatch):
-    monkeypatch.setattr(ablation, "distil", Mock(side_effect=FloatingPointError("NaN")))
+    monkeypatch.setattr(ablation, "distil_aside", Mock(side_effect=FloatingPointError("NaN")))
     cfg = Config(device="cpu", steps=1)
     metrics = ablation.work((teacher, "teacher", cfg, {0.0}))
     metrics = json.loads(json.dumps(metrics))

@@ -11,9 +11,7 @@ seed by seed, and called better or worse where a 95 % t-interval excludes 0; by 
 import argparse
 import os
 import sys
-import tempfile
 from collections import defaultdict
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +21,11 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (Config, DiTDH, Positives, command, distil, encode, generate,  # noqa: E402
-                       guide, load_pair, one_step, write_atomically)
+from drift_rae import (Config, DiTDH, command, encode, generate, guide, load_pair,  # noqa: E402
+                       one_step, write_atomically)
 from toy.digits import TEACHER, Metrics, make_teacher  # noqa: E402
 from toy.plot import COLOURS, Axes, sheet  # noqa: E402
-from toy.runs import cell, complete, mean_sd, print_table  # noqa: E402
+from toy.runs import cell, complete, distil_aside, mean_sd, print_table  # noqa: E402
 
 # ---- What is compared
 
@@ -123,12 +121,10 @@ def work(job):
     """(teacher's path, start, Config, weights of the guidance) -> {weight: what Metrics gives}."""
     path, start, cfg, weights = job
     student, latents, rae, ours = prepare(path, start, cfg)
-    data = Positives(latents, ours["labels"].numpy(), cfg)
-    with tempfile.TemporaryDirectory() as out:
-        try:
-            student = distil(student, data, replace(cfg, out=out))
-        except FloatingPointError:                          # it diverged
-            return {str(w): dict.fromkeys(METRICS, np.nan) for w in weights}
+    try:
+        student = distil_aside(student, latents, ours["labels"], cfg)
+    except FloatingPointError:                              # it diverged
+        return {str(w): dict.fromkeys(METRICS, np.nan) for w in weights}
     if start == "pixels":
         student = student.student
     measure = Metrics(ours)

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (Config, Positives, build_rae, command, distil, encode,  # noqa: E402
-                       ode_sample, one_step, reading, require, to_uint8, tokens, write_atomically)
+from drift_rae import (Config, build_rae, command, encode, ode_sample, one_step,  # noqa: E402
+                       reading, require, to_uint8, tokens, write_atomically)
 from toy import vae  # noqa: E402
 from toy.digits import make_teacher  # noqa: E402
 from toy.plot import COLOURS, Axes, sheet  # noqa: E402
-from toy.runs import Metrics, cell, complete, print_table  # noqa: E402
+from toy.runs import Metrics, cell, complete, distil_aside, print_table  # noqa: E402
 
 VAES = {"VAE-16": 16, "VAE-64": 64, "VAE-128": 128}         # width of their tokens
 DIMS = [2**k for k in range(2, 13)]                         # of Theorem 1: 4 … 4096
@@ -154,12 +153,6 @@ def measure(sampler, space, metrics):
     images = [to_uint8(space.rae.decode(sampler(z, y))) for z, y in batches]
     return metrics(torch.cat(images), metrics.labels)
 
-def drifted(teacher, space, steps, seed):
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder:       # for the log and state, which nobody reads
-        cfg = Config(device="cpu", seed=seed, steps=steps, save_every=steps, out=folder)
-        return distil(student, Positives(space.latents, space.labels.numpy(), cfg), cfg)
-
 def study(job):
     """One space with one seed. job: its name, the seed, teacher.pt, steps."""
     name, seed, file, steps = job
@@ -179,7 +172,9 @@ def study(job):
     views["N(0, I)"] = torch.randn_like(space.latents)
     tables = {view: token_statistics(x, space.labels) for view, x in views.items()}
     teacher = vae.flow_teacher(space, steps[1], seed)
-    distilled = drifted(teacher, space, steps[2], seed)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    cfg = Config(device="cpu", seed=seed, steps=steps[2], save_every=steps[2])
+    distilled = distil_aside(student, space.latents, space.labels, cfg)
     samplers = {"teacher, 50 steps": partial(ode_sample, teacher),
                 "teacher, 1 step": partial(one_step, teacher),
                 "distilled": partial(one_step, distilled)}

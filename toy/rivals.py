@@ -14,7 +14,6 @@ v(x_t, t) ≈ ε − x, and a step is G(z) = z − v(z, 1).
 import argparse
 import copy
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (Attention, Config, Positives, command, distil, encode,  # noqa: E402
-                       flow_matching_loss, generate, load_pair, ode_sample, one_step, reading,
-                       require, update_average, write_atomically, zero)
+from drift_rae import (Attention, Config, command, encode, flow_matching_loss,  # noqa: E402
+                       generate, load_pair, ode_sample, one_step, reading, require,
+                       update_average, write_atomically, zero)
 from toy.digits import make_teacher  # noqa: E402
 from toy.plot import panels  # noqa: E402
-from toy.runs import Metrics, complete, print_means  # noqa: E402
+from toy.runs import Metrics, complete, distil_aside, print_means  # noqa: E402
 from toy.vae import make_vae64, ode_path, read_vae64  # noqa: E402
 
 BATCH = 256         # samples a step where nothing else is said
@@ -309,10 +308,8 @@ def drifting(task, **changes):
     cost = cfg.n_class * (3 * cfg.n_neg + cfg.n_extra_neg)
     cfg.steps = cfg.save_every = task.budget // cost
     task.spent += cfg.steps * cost
-    with tempfile.TemporaryDirectory() as folder:       # for the log and state, which nobody reads
-        cfg.out = folder
-        data = Positives(task.latents, task.labels.numpy(), cfg)
-        return partial(one_step, distil(task.student(), data, cfg))
+    student = distil_aside(task.student(), task.latents, task.labels, cfg)
+    return partial(one_step, student)
 
 def several_students(task):
     """Two students, half the classes and the budget each. A sample needs one; both are computed."""

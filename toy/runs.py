@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import FIELDS, require, write_atomically  # noqa: E402
+from drift_rae import FIELDS, Positives, distil, require, write_atomically  # noqa: E402
 from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
 
 def complete(path, teacher, jobs, work, workers=os.cpu_count()):
@@ -49,6 +51,12 @@ def start_worker():
 def do(work, item):
     key, job = item
     return key, work(job)
+
+def distil_aside(student, latents, labels, cfg):
+    """drift_rae.py's distil, its log and state in a folder that is gone afterwards."""
+    data = Positives(latents, labels.numpy(), cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        return distil(student, data, replace(cfg, out=folder))
 
 def mean_sd(values):
     """Mean, and standard deviation over the seeds (NaN of one)."""

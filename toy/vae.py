@@ -54,7 +54,11 @@ def vae_space(checkpoint, width, steps):
     zeros, ones = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     vae = RAE(encoder, decoder, zeros, ones, input_size=28, eps=0)
     vae.requires_grad_(True)
-    fit(vae.parameters(), lambda i: negative_elbo(vae, images[i]), len(images), steps, 2e-3, "VAE")
+
+    def loss(i):
+        return negative_elbo(vae, images[i])
+
+    fit(vae.parameters(), loss, len(images), steps, 2e-3, "VAE")
     vae.requires_grad_(False)
     mean, _, raw = posterior(vae, images)
     return space_of(decoder, raw, checkpoint["labels"]), mean
