@@ -1,40 +1,65 @@
-"""Drift-RAE (arXiv 2606.15553) in one file: a flow teacher in RAE space -> a one-step generator.
+"""Drift-RAE in one file: distil a flow model into an image generator that needs one evaluation.
 
-MNIST, Fréchet distance in a classifier's features, 3 seeds: student in one step 2.16 ± 0.20,
-teacher in 49 steps 1.85 ± 0.21; halves of the real ones 1.48. 304 s on 2 CPU cores (AMD EPYC).
+An implementation of "Distilling Drifting Transformers with Representation Autoencoders" (Zhang,
+Xia, Li, Gu, arXiv 2606.15553), independent of its authors, who have released no code.
+@RESULT@
 
-    python drift_rae.py                           MNIST on a CPU: RAE, teacher, student, table
-    python drift_rae.py --teacher ckpt.pt         distil this teacher; --preset imagenet256: Table 8
-    python drift_rae.py --sample 1000 --to FILE   draw images into an .npz or a .png
+A Representation Autoencoder (RAE) turns an image into a grid of vectors, called tokens. The encoder
+is a frozen DINOv2 (for the digits a small ViT, trained by toy/digits.py), the decoder a ViT that
+was trained to invert it. The tokens, normalised by stored statistics, are the latents. They cluster
+by class, which drifting needs (§3.2). The teacher is a flow model on the latents: it takes 49
+evaluations per image. The student starts from the teacher's weights and learns to do it in one. At
+first its samples are blurred, not far from the mean of their class; but from random weights
+training fails (Table 9: FID 100). Only these weights of the teacher are used, neither its samples
+nor its trajectories. Instead, each generated token is pulled towards real tokens of the same class
+and grid position, and pushed away from the other generated tokens there. Pull minus push is the
+drift V. Where real and generated tokens are distributed alike, V averages to zero. V is normalised
+before it is used, so the updates do not shrink as V does. Only the decaying learning rate brings
+the student to rest, after a fixed number of steps.
 
-A Representation Autoencoder (RAE) is a frozen encoder, DINOv2, and a decoder trained to invert it:
-an image becomes a grid of tokens, its latents. The teacher is a flow among them, v(x, t | y): a
-DiT^DH that takes 49 steps to an image. The student starts as its copy and learns to take one step,
-by drifting: each token that it makes is pulled to the class's real tokens of its place and pushed
-from the others that it makes there. Where both are distributed alike, V = 0, and it is done.
-The paper's modifications: (1) softmax over targets, (2) perturbed queries, (3) detached negatives.
-
-To read beside the paper; sections 1 to 4 are the method:
-    1 Configuration   §4    Table 8, all of it: PRESETS over the digits' defaults
-    2 Drifting        §3.3  Eq. (5), (11) drift_field · Eq. (12) laplace_noise · Eq. (10) drift_loss
-    3 Flow            §3.1  Eq. (1)-(4) flow_matching_loss (for toy/digits.py) · Eq. (8) one_step
-    4 Distillation    §4    class_loss, train_step, distil
-    5 RAE · 6 DiT^DH · 7 Data · 8 Checkpoints · 9 Sampling · 10 Command
-§3.2, why drifting suits this space, and the tables of §4: toy/.
-
-Latents are [B,D,h,w] outside the loss and [C,N,D] inside it: C tokens of N samples of one class."""
-import csv
+One training step (the paper's three modifications of Deng et al., arXiv 2602.04770, are marked):
+    for each class y of this step:
+        z ~ N(0, I)                                            64 + 192 noises
+        gen   = z - v(z, t=1, y)           Eq. (8)             64 samples, with gradient
+        extra = the same                   modification 3      192 samples, without gradient
+        pos   = real latents of class y                        256 positives
+        S     = mean distance from gen to (gen, extra, pos)    one number, the unit of length
+        n     = a random vector for each token of gen          shared by the temperatures
+        for τ in 0.02 S, 0.05 S, 0.2 S:                        the temperatures
+            at every grid position:
+                x  = gen + τ·n                 modification 2  Eq. (12)
+                w+ = softmax(-|x - pos| / τ)   modification 1  sums to 1 over pos
+                w- = softmax(-|x - neg| / τ)                   over neg: (gen, extra) but x's own
+                V  = Σ w+·pos - Σ w-·neg       Eq. (11)
+            drift += V / rms(V)                                rms over all samples and positions
+        loss = |g - stop_gradient(g + drift)|²                 Eq. (10), g: gen in units of S/√D
+    average the gradients over the classes, clip, AdamW, moving average of the weights
+Commands (README.md has more):
+    python drift_rae.py                               distils toy/teacher.pt and reports
+    python drift_rae.py --teacher ckpt.pt             distils a teacher that toy/digits.py made
+    python drift_rae.py --preset imagenet256 --data DIR      the paper's run, with released weights
+    python drift_rae.py --sample 100 --to a.png       draws from out/student.pt
+Sections 1 to 4 are the method; you can stop there. Eq. (5) is Eq. (11) with a single token.
+    1 Configuration  Table 8             Config, PRESETS
+    2 Drifting       Eq. (10)-(12)       drift_field, laplace_noise, drift_loss, tokens
+    3 Flow           Eq. (1)-(4), (8)    one_step, flow_matching_loss, ode_sample
+    4 Distillation   §4                  class_loss, train_step, distil
+    9 Variants       Tables 3, 5, 6, 7   the flags that give their rows; y_softmax_field, guide
+    5 RAE, 6 DiT^DH, 7 Data, 8 Checkpoints, 10 Command; Theorem 1 is in toy/geometry.py
+Latents are [B,D,h,w] outside the loss, [L,N,D] inside it: L grid positions, N samples, width D.
+"""
+import dataclasses
 import os
 import re
+import shutil
 import sys
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+import tempfile
+import zipfile
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections import defaultdict
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property, partial
-from inspect import getsource
-from itertools import islice
+from datetime import timedelta
+from functools import partial
 from math import isqrt, pi
 from pathlib import Path
 from time import perf_counter
@@ -44,309 +69,369 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.checkpoint import checkpoint as recompute_later
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.utils import save_image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ---- 1  Configuration (§4, Table 8): each line is a flag, as in --n-pos 128, its comment the help
+# ---- 1  Configuration (§4, Table 8)
 
-@dataclass
+class UserError(Exception):
+    """An error that the user can fix: the command prints its sentence without a traceback."""
+
+
+def option(default, help, choices=None):
+    """A field of Config. It is also a command-line flag: n_pos is --n-pos."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclasses.dataclass
 class Config:
-    steps: int = 100                  # optimizer steps
-    n_class: int = 10                 # classes per step, one after the other
-    n_pos: int = 256                  # real images per class, as many as negatives (Table 7)
-    n_neg: int = 64                   # generated samples per class that carry gradient
-    n_extra_neg: int = 192            # the same without gradient: modification 3
-    temperatures: tuple = (0.02, 0.05, 0.2)   # τ of the fields, in mean distances S
-    field: str = "softmax"            # Eq. (11), modification 1; y-softmax: Deng et al.'s
-    perturb: bool = True              # Eq. (12), perturbed queries: modification 2
-    windows: tuple = (1,)             # sides, in tokens, of what drifts as one (ours); 1: the paper
-    lr: float = 1e-3                  # learning rate at step 0
-    lr_final: float = 0.01            # what it falls to, linearly, as a share of --lr
-    betas: tuple = (0.9, 0.95)        # decay of AdamW's two moments
-    weight_decay: float = 0.0         # AdamW's
-    clip: float = 1.0                 # largest norm of the gradient
-    ema: float = 0.99                 # decay of the weights' moving average, which is the result
-    ema_warmup: int = 50              # steps over which that decay rises from 0.5
-    # the run
-    preset: str = "digits"            # the defaults shown; imagenet256: Table 8, with flip and bf16
-    teacher: str = ""                 # checkpoint of the flow, ours or official; '': OUT/teacher.pt
-    data: str = ""                    # images, a subfolder per class; '': the teacher file's
-    flip: bool = False                # with --data: mirror half of the positives
-    models: str = "models"            # folder of the released files, where the teacher is official
-    out: str = "out"                  # folder for all that a run writes
-    resume: bool = False              # go on from OUT/state.pt, under its configuration
-    save_every: int = 50              # steps between writes of OUT/state.pt, log.csv, samples.png
-    seed: int = 0                     # of everything random but the digits' judge
-    device: str = "auto"              # cpu, cuda, mps; auto: cuda where there is one
-    dtype: str = "fp32"               # bf16: autocast of the networks, not of the field
-    compile: bool = False             # torch.compile the student in training
-    grad_checkpoint: bool = False     # recompute blocks in the backward pass: less memory
-    workers: int = 4                  # processes per rank that read --data ahead
-    batch_size: int = 256             # images per batch, in sampling and encoding
-    sample: int = 0                   # only draw this many images, with OUT/student.pt
-    to: str = ""                      # FILE.npz (arr_0 uint8 NHWC, arr_1 labels) or FILE.png
-    classes: str = ""                 # with --sample: these, as in 1,5,9; '': all
-    guidance: float = 0.0             # with --sample: w of e(y) + w·(e(y) − e(∅)), free (ours)
+    # The method, with the paper's values except where PRESETS["imagenet256"] has others.
+    n_class: int = option(10, "classes per step; their gradients are averaged")
+    n_neg: int = option(64, "generated samples per class with gradient: these are trained")
+    n_extra_neg: int = option(192, "generated samples per class that only serve as negatives")
+    n_pos: int = option(256, "real images per class; keep it equal to n_neg + n_extra_neg")
+    temperatures: tuple = option((0.02, 0.05, 0.2), "temperatures of the field, in units of S")
+    perturb: bool = option(True, "evaluate the field at perturbed samples, Eq. (12)")
+    steps: int = option(300, "optimizer steps")
+    lr: float = option(1e-3, "learning rate at step 0")
+    lr_final: float = option(0.01, "final learning rate as a fraction of --lr; the decay is linear")
+    betas: tuple = option((0.9, 0.95), "decay rates of AdamW's two moments")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    clip: float = option(1.0, "clip the gradient to this norm")
+    ema: float = option(0.99, "decay of the weights' moving average (this average is the result)")
+    ema_warmup: int = option(50, "steps over which that decay rises from 0.5")
+    dtype: str = option("fp32", "bf16 runs the networks in bfloat16", ("fp32", "bf16"))
+    flip: bool = option(False, "with --data: mirror half of the images")
+    seed: int = option(0, "random seed")
+    field: str = option("softmax", "y-softmax is Deng et al.'s field", ("softmax", "y-softmax"))
+    windows: tuple = option((1,), "window sizes w: w×w tokens drift as one vector (our addition)")
+    preset: str = option("digits", "imagenet256 is the paper's run", ("digits", "imagenet256"))
+    # The run. --resume may change these options.
+    teacher: str = option(str(Path(__file__).with_name("toy") / "teacher.pt"),
+                          "checkpoint of the flow model: ours or an official one")
+    data: str = option("", "folder of images, a subfolder per class; '': the checkpoint's latents")
+    models: str = option("models", "folder of the released autoencoder, for official teachers")
+    out: str = option("out", "folder for everything that the run writes")
+    resume: bool = option(False, "continue the run whose state is OUT/state.pt")
+    save_every: int = option(50, "steps between two writes of OUT/state.pt and OUT/samples.png")
+    device: str = option("auto", "auto is cuda if there is one", ("auto", "cpu", "cuda", "mps"))
+    compile: bool = option(False, "compile the student with torch.compile")
+    grad_checkpoint: bool = option(False, "recompute blocks in the backward pass: less memory")
+    workers: int = option(4, "with --data: processes per rank that read images")
+    batch_size: int = option(256, "images per batch when encoding and sampling")
+    sample: int = option(0, "do not train: generate this many images from OUT/student.pt")
+    to: str = option("", "with --sample: FILE.npz (arr_0: images, arr_1: classes) or FILE.png")
+    classes: str = option("", "with --sample: generate only these classes, as in 3,7")
+    guidance: float = option(0.0, "with --sample: extrapolate the class embedding by this weight")
 
-# Table 8. The paper's 16 epochs: 10,000 · 32 · 64 samples with gradient, of 1.28 million images.
+
+# Table 8. Its 16 epochs: 10,000 steps × 32 classes × 64 trained samples / 1.28 million images.
 PRESETS = {"digits": {}, "imagenet256": dict(
-    steps=10_000, n_class=32, lr=3e-5, ema=0.9995, ema_warmup=1000, flip=True, dtype="bf16",
-    save_every=100, workers=8, batch_size=64)}
+    n_class=32, steps=10_000, lr=3e-5, ema=0.9995, ema_warmup=1000, dtype="bf16", flip=True,
+    teacher="models/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+    save_every=500, workers=8, batch_size=64)}
 
-# ---- 2  Drifting (§3.3): each generated token is pulled to real and pushed from generated ones
+# ---- 2  Drifting (§3.3)
+
+def distances(x, y):
+    """Euclidean distances between x [L,N,D] and y [L,M,D] -> [L,N,M]."""
+    x_squared = x.square().sum(-1).unsqueeze(2)              # [L,N,1]
+    y_squared = y.square().sum(-1).unsqueeze(1)              # [L,1,M]
+    squared = x_squared + y_squared - 2 * x @ y.mT
+    return squared.clamp(min=1e-8).sqrt()                    # never below 0 by rounding
+
 
 @torch.no_grad()
-def drift_field(x, pos, neg, temperature, scale, *, noise=None):
-    """V of Eq. (11), [C,N,D]: how each generated token is to move, in latent units.
-    x     [C,N,D]  queries: token c of the N generated samples of one class
-    pos   [C,P,D]  positives: the same token of real samples
-    neg   [C,M,D]  negatives: generated samples, the first N being x itself
-    noise [C,N,D]  added to the queries alone, Eq. (12): Prop. 1 differentiates at fixed targets
-    The kernel is exp(−distance / (temperature · scale)). Prop. 1 also divides each displacement by
-    its length, Eq. (11) does not: V is not quite its gradient (which is in toy/runs.py)."""
+def drift_field(x, pos, neg, tau, noise=None):
+    """Eq. (11): the drift V [L,N,D], the direction in which each generated token should move.
+    x     [L,N,D]  generated tokens (the queries): N samples of one class, L grid positions
+    pos   [L,P,D]  positives: real tokens of that class at the same position
+    neg   [L,M,D]  negatives: generated tokens; the first N rows are x itself
+    tau            temperature of the kernel exp(−distance / tau), in latent units
+    noise [L,N,D]  the perturbation of Eq. (12), or None; it moves the queries only, as in Prop. 1
+    By Prop. 1, V with each displacement divided by its length would be tau times the gradient of
+    log(density of pos / density of neg). Eq. (11) leaves this division out (toy/runs.py has it).
+    """
     query = x if noise is None else x + noise
-    tau = scale * temperature
-    logits_pos = -torch.cdist(query, pos) / tau              # [C,N,P]
-    logits_neg = -torch.cdist(query, neg) / tau              # [C,N,M]
-    logits_neg.diagonal(dim1=1, dim2=2).fill_(-torch.inf)    # k ≠ j: none is its own negative
-    w_pos = logits_pos.softmax(-1)                           # modification 1: over targets alone
+    logits_pos = -distances(query, pos) / tau                # [L,N,P]
+    logits_neg = -distances(query, neg) / tau                # [L,N,M]
+    # k ≠ j: a sample is not its own negative. Because neg begins with x, that is the diagonal.
+    logits_neg.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    # Modification 1: one softmax over positives, one over negatives (section 9: Deng et al.'s).
+    w_pos = logits_pos.softmax(-1)
     w_neg = logits_neg.softmax(-1)
-    # Σ w⁺·(y − query) − Σ w⁻·(x_k − query): both weights sum to 1, and the query drops out
-    attraction = w_pos @ pos                                 # [C,N,D]
-    repulsion = w_neg @ neg
+    # Σ w⁺·(pos − query) − Σ w⁻·(neg − query): each w sums to 1, so the query cancels.
+    attraction = w_pos @ pos                                 # [L,N,D]
+    repulsion = w_neg @ neg                                  # [L,N,D]
     return attraction - repulsion
 
-@torch.no_grad()
-def y_softmax_field(x, pos, neg, temperature, scale, *, noise=None):
-    """What modification 1 replaces, as Deng et al. released it; arguments and units as above.
-    Weights are √(softmax over the targets · softmax over the samples, the "y-softmax")."""
-    query = x if noise is None else x + noise
-    targets = torch.cat([neg, pos], 1)                       # [C,M+P,D]
-    distance = torch.cdist(query, targets) / scale
-    distance.diagonal(dim1=1, dim2=2).add_(100)              # k ≠ j; the clamp leaves 1e-3
-    logits = -distance / temperature
-    affinity = logits.softmax(-1) * logits.softmax(-2)
-    affinity = affinity.clamp(min=1e-6).sqrt()
-    w_neg, w_pos = affinity.split([neg.shape[1], pos.shape[1]], -1)
-    mass_neg = w_neg.sum(-1, keepdim=True)                   # [C,N,1]
-    mass_pos = w_pos.sum(-1, keepdim=True)
-    # both weights sum to mass⁺ · mass⁻: the query drops out here, too
-    attraction = (w_pos * mass_neg) @ pos
-    repulsion = (w_neg * mass_pos) @ neg
-    return attraction - repulsion
-
-FIELDS = {"softmax": drift_field, "y-softmax": y_softmax_field}
 
 def laplace_noise(x, generator=None):
-    """n of Eq. (12), like x [C,N,D]: uniform direction, norm from |Laplace(0, 1)| = Exp(1)."""
+    """n of Eq. (12), shaped like x [L,N,D]: a random direction of Laplace-distributed length."""
     normal = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     direction = F.normalize(normal, dim=-1)
-    norm = torch.empty_like(direction[..., :1]).exponential_(generator=generator)
-    return norm * direction
+    length = torch.empty_like(x[..., :1]).exponential_(generator=generator)  # |Laplace(0,1)|
+    return length * direction
+
 
 def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, field=drift_field,
                perturb=True, generator=None):
-    """Eq. (10), ‖G − sg[G + Ṽ]‖² -> (loss [C], a mean where the paper has a sum; info).
-    gen [C,N,D] with gradient, pos [C,P,D]; extra_neg [C,E,D] only helps to estimate the repulsion.
-    The temperatures' Ṽ are added: the direction of the paper's mean of losses. The units, which
-    it leaves open, are those of Deng et al.'s code (its loss: y_softmax_field, perturb=False).
-    Ṽ is normalised, so the loss hardly falls: watch info's `drift_τ`, rms ‖V_τ‖/S; `scale` is S."""
+    """Eq. (10): ‖G − sg[G + Ṽ]‖², where sg stops the gradient -> (loss [L], info).
+
+    gen [L,N,D] has gradient; pos [L,P,D]; extra_neg [L,E,D] or None (modification 3).
+    The paper does not fix the units. We take those of Deng et al.'s code: S, the mean distance,
+    for lengths, and S/√D for coordinates; in this unit a typical pair differs by about 1 in each.
+    The paper averages over temperatures and sums over samples. We add the drifts Ṽ, as that code
+    does, and take means: constant factors, which only the clipping of the gradient notices.
+    Because Ṽ is normalised, the value of the loss is nearly constant and only its gradient
+    matters. Watch the size of V in info instead ("V_0.02" at temperature 0.02; "scale" is S)."""
     x, pos = gen.detach(), pos.detach()
-    neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)
-    targets = torch.cat([neg, pos], 1)
-    scale = torch.cdist(x, targets).mean().clamp(min=1e-3)   # S, one number: unit of τ and n
-    unit = (scale / x.shape[-1] ** 0.5).clamp(min=1e-3)      # S/√D: unit of a coordinate
-    n = laplace_noise(x, generator) if perturb else torch.zeros_like(x)      # one n for all τ
-    info = {"scale": scale}
-    drift = torch.zeros_like(x)
-    for temperature in temperatures:
-        noise = temperature * scale * n                      # Eq. (12): modification 2
-        with torch.autocast(x.device.type, enabled=False):   # whoever calls: float32 products
-            V = field(x, pos, neg, temperature, scale, noise=noise)          # Eq. (11)
-        V_scaled = V / unit
-        rms = V_scaled.square().mean().clamp(min=1e-8).sqrt()        # one number, too
-        drift += V_scaled / rms                              # Ṽ: of RMS 1, however small V is
-        info[f"drift_{temperature:g}"] = rms
+    neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)  # [L,M,D]
+    with torch.autocast(x.device.type, enabled=False):       # float32, even if the caller has bf16
+        all_distances = torch.cat([distances(x, neg), distances(x, pos)], 2)     # [L,N,M+P]
+        S = all_distances.mean().clamp(min=1e-3)             # with self-distances, as in their code
+        unit = (S / x.shape[-1] ** 0.5).clamp(min=1e-3)      # S/√D
+        n = laplace_noise(x, generator) if perturb else None     # the same for all temperatures
+        info = {"scale": S}
+        drift = torch.zeros_like(x)
+        for temperature in temperatures:
+            tau = temperature * S
+            noise = tau * n if perturb else None             # Eq. (12): modification 2
+            V = field(x, pos, neg, tau, noise) / unit        # Eq. (11); divided only for info
+            # Ṽ = V/‖V‖. In their code ‖V‖ is one root mean square over all samples and positions.
+            # The literal reading, one norm per sample, gave worse digits in our one trial.
+            rms = V.square().mean().clamp(min=1e-8).sqrt()
+            drift += V / rms
+            info[f"V_{temperature:g}"] = rms
     target = x / unit + drift                                # sg[G + Ṽ]
-    loss = (gen / unit - target).square().mean((1, 2))
+    loss = (gen / unit - target).square().mean((1, 2))       # per position, as in their code
     return loss, info
 
-def tokens(latents, window=1):
-    """[N,D,h,w] -> [C,N,D·window²]: a drifting problem for each window of tokens; 1: the paper."""
-    require(latents.shape[-1] % window == 0, f"windows of {window} do not divide the tokens' grid")
-    return F.unfold(latents, window, stride=window).permute(2, 0, 1)
 
-# ---- 3  Flow (§3.1): t = 1 is noise, t = 0 is data; a model is any model(x, t, y) -> velocity
+def tokens(latents, window=1):
+    """Latents [N,D,h,w] -> [L,N,D], a drifting problem per grid position; [L/w²,N,D·w²] with w×w
+    tokens as one vector (our addition, section 9)."""
+    if latents.shape[-1] % window:
+        raise UserError(f"--windows: {window} does not divide the grid of {latents.shape[-1]}")
+    return F.unfold(latents, window, stride=window).permute(2, 0, 1).contiguous()
+
+
+# ---- 3  Flow (§3.1): time t = 1 is noise, t = 0 is data; model(x, t, y) is the velocity v
+
+def one_step(model, z, y):
+    """Eq. (8): G(z) = z − v(z, 1), the student. Noise z [B,D,h,w], classes y [B] -> latents."""
+    return z - model(z, torch.ones(len(z), device=z.device), y)
+
 
 def time_shift(u, shift):
-    """u in [0,1] -> t; shift > 1 spends more time near the noise, as high dimensions need."""
+    """Map times u in [0,1] to t; a shift above 1 (for wide latents) moves them to the noise."""
     return shift * u / (1 + (shift - 1) * u)
 
+
 def flow_matching_loss(model, latents, y, shift=1.0):
-    """Eq. (1)-(4): x_t = (1−t)·x + t·ε, v regresses ε − x. latents x [B,D,h,w], classes y [B]."""
+    """Eq. (1)-(4): toy/digits.py trains a teacher with this loss. latents [B,D,h,w], y [B]."""
     noise = torch.randn(latents.shape, device=latents.device)
-    u = torch.randn(len(latents), device=latents.device).sigmoid()       # as released teachers
+    u = torch.randn(len(latents), device=latents.device).sigmoid()   # as for the released teachers
     t = time_shift(u, shift)
     t_column = t.view(-1, 1, 1, 1)
-    v = model((1 - t_column) * latents + t_column * noise, t, y)
-    return (v - (noise - latents)).square().mean()
+    x_t = (1 - t_column) * latents + t_column * noise        # Eq. (1)
+    return (model(x_t, t, y) - (noise - latents)).square().mean()
+
 
 @torch.no_grad()
 def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
-    """The official Euler sampler (there shift = √48), z [B,D,h,w] -> same: `steps` grid points.
-    cfg_scale ≠ 1: classifier-free guidance where t lies in cfg_interval, ends included."""
+    """The teacher's sampler (the official Euler grid), used by toy/: z [B,D,h,w] -> latents.
+    `steps` grid points take steps − 1 evaluations. On ImageNet the shift is √48. A cfg_scale other
+    than 1 is classifier-free guidance, for t within cfg_interval."""
     x = z
     times = time_shift(1 - torch.linspace(0, 0.999, steps, device=z.device), shift)
     for t, t_next in zip(times[:-1], times[1:]):
         v = model(x, t.expand(len(z)), y)
         if cfg_scale != 1 and cfg_interval[0] <= t <= cfg_interval[1]:
-            no_class = torch.full_like(y, model.num_classes)
-            v_null = model(x, t.expand(len(z)), no_class)
+            null_class = torch.full_like(y, model.num_classes)   # the index for "no class"
+            v_null = model(x, t.expand(len(z)), null_class)
             v = v_null + cfg_scale * (v - v_null)
         x = x + (t_next - t) * v
     return x
 
-def one_step(model, z, y):
-    """Eq. (8): G(z) = z − v(z, 1), the student. z [B,D,h,w], y [B] -> latents [B,D,h,w]."""
-    return z - model(z, torch.ones(len(z), device=z.device), y)
 
-# ---- 4  Distillation (§4): class by class, gradients accumulated over the classes of a step
+# ---- 4  Distillation (§4). First what it needs: processes, mixed precision, random numbers.
 
-def class_loss(student, label, pos, step, cfg):
-    """Loss of one class, a sum over the windows, and what to log; pos [P,D,h,w]: real latents."""
-    generator = torch_stream(cfg, "noise", step, label)      # the same whatever the rank
+RANK = int(os.environ.get("RANK", 0))                        # torchrun numbers its processes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))                 # how many there are
+
+
+def autocast(cfg):
+    # No cache: a weight cast under no_grad would be used again, without a gradient.
+    return torch.autocast(cfg.device, torch.bfloat16, cfg.dtype == "bf16", cache_enabled=False)
+
+
+STREAMS = {"noise": 0, "data": 1, "samples": 2, "mirror": 3}
+
+
+def numpy_stream(cfg, purpose, index, label=-1):
+    """Random numbers that depend on the seed, a purpose, a step (or sample) and a class (−1: none)
+    only, so that neither resuming nor the number of processes changes them."""
+    return np.random.default_rng([cfg.seed, index, label + 1, STREAMS[purpose]])
+
+
+def torch_stream(cfg, purpose, index, label=-1):
+    seed = numpy_stream(cfg, purpose, index, label).integers(2**63)
+    return torch.Generator(cfg.device).manual_seed(int(seed))
+
+
+def latent_loss(gen, pos, extra_neg, cfg, generator):
+    """Eq. (10) for one class, averaged over the grid positions. All latents are [·,D,h,w]."""
+    loss, info = drift_loss(tokens(gen), tokens(pos), tokens(extra_neg), cfg.temperatures,
+                            perturb=cfg.perturb, generator=generator)
+    return loss.mean(), info
+
+
+def class_loss(student, label, pos, step, cfg, loss_function=latent_loss):
+    """Draw samples of one class and compare them with its positives [P,D,h,w]. loss_function is
+    latent_loss or, for cfg.field and cfg.windows, variant_loss of section 9."""
+    generator = torch_stream(cfg, "noise", step, label)
     n = cfg.n_neg + cfg.n_extra_neg
     z = torch.randn(n, *pos.shape[1:], generator=generator, device=cfg.device)
     y = torch.full((n,), label, device=cfg.device)
     with autocast(cfg):
-        # before extra_neg: a weight that autocast first casts under no_grad is cached without grad
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
-        extra_neg = gen[:0]                                  # none
-        if cfg.n_extra_neg:
+        extra_neg = z[:0]                                    # an empty batch
+        if cfg.n_extra_neg > 0:
             with torch.no_grad():                            # modification 3
                 extra_neg = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:])
-    total = 0
-    for window in cfg.windows:                               # (1,) in the paper
-        latents = [tokens(x, window) for x in (gen, pos, extra_neg)]
-        loss, info = drift_loss(*latents, cfg.temperatures, field=FIELDS[cfg.field],
-                                perturb=cfg.perturb, generator=generator)
-        total = total + loss.mean()                          # over the tokens
-    return total, info | {"loss": total.detach()}            # scale, drift: the last window's
+    return loss_function(gen, pos, extra_neg, cfg, generator)
 
-def train_step(student, ema, optimizer, batch, step, cfg):
-    """One step, from noise to the moving average -> what to log, means over the step's classes.
-    batch: this rank's (class, positives [P,D,h,w]), one by one; all ranks together have n_class."""
-    log = defaultdict(float)
-    for label, pos in batch:
-        loss, info = class_loss(student, label, pos, step, cfg)
-        (loss / cfg.n_class).backward()
-        for name, value in info.items():
+
+def train_step(student, ema, optimizer, positives, step, cfg, loss_function=latent_loss):
+    """One optimizer step -> what to log. `positives` yields (class, latents [P,D,h,w])."""
+    log = defaultdict(float)                                 # its values become tensors
+    for _ in range(RANK, cfg.n_class, WORLD):                # this process's share of the classes
+        label, pos = next(positives)
+        loss, info = class_loss(student, label, pos, step, cfg, loss_function)
+        (loss / cfg.n_class).backward()                      # gradients add up over the classes
+        for name, value in {**info, "loss": loss.detach()}.items():
             log[name] += value / cfg.n_class
-    sum_over_ranks(p.grad for p in student.parameters())
-    sum_over_ranks(log.values())
-    norm = clip_grad_norm_(student.parameters(), cfg.clip)
-    if not norm.isfinite():
-        raise FloatingPointError(f"NaN or infinite gradient at step {step}: is --lr too high?")
-    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - cfg.lr * cfg.lr_final) * step / cfg.steps
+    if WORLD > 1:
+        # One sum per step. DistributedDataParallel would average in every backward pass, which
+        # is wrong where one process has more classes than another.
+        for tensor in [*(p.grad for p in student.parameters()), *log.values()]:
+            distributed.all_reduce(tensor)
+    log["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+    if not log["grad_norm"].isfinite():
+        raise UserError(f"the gradient is NaN or infinite at step {step}: try a lower --lr")
+    lr_end = cfg.lr * cfg.lr_final                           # Table 8, like the warm-up below
+    optimizer.param_groups[0]["lr"] = cfg.lr - (cfg.lr - lr_end) * step / cfg.steps
     optimizer.step()
     optimizer.zero_grad()
-    warmth = min(1, step / cfg.ema_warmup)
-    update_average(ema, student, decay=0.5 * (cfg.ema / 0.5) ** warmth)
-    return log | {"grad_norm": norm}
+    warmup = min(1, step / cfg.ema_warmup)
+    update_average(ema, student, decay=0.5 * (cfg.ema / 0.5) ** warmup)
+    return log
 
+
+@torch.no_grad()
 def update_average(average, model, decay):
     for a, p in zip(average.parameters(), model.parameters()):
-        a.lerp_(p.detach(), 1 - decay)
+        a.lerp_(p, 1 - decay)                                # a = decay·a + (1 − decay)·p
 
-def distil(student, data, cfg, rae=None, state=None):
-    """Train `student`, a copy of the teacher -> the moving average of its weights, in eval mode.
-    data, rae: as in `batches`. Writes OUT/log.csv, OUT/state.pt; given the rae, OUT/samples.png.
-    state: what a state.pt holds, to go on from there; the student has its weights already."""
-    student.eval()                                           # no label is dropped
+
+def prepare(teacher, cfg):
+    """Return the student, its moving average and its optimizer, before the first step."""
+    student = deepcopy(teacher).to(cfg.device).requires_grad_(True)
+    student.eval()                                           # turns off label dropout
     ema = deepcopy(student).requires_grad_(False)
-    optimizer = AdamW(student.parameters(), cfg.lr, cfg.betas, weight_decay=cfg.weight_decay,
-                      fused=True)
-    log = []
-    began = perf_counter()
-    if state:
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
-        began -= log[-1]["seconds"]                          # its clock goes on
-    middle = f"drift_{cfg.temperatures[len(cfg.temperatures) // 2]:g}"
-    steps = batches(data, len(log), cfg, rae)
-    bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=rank() > 0,
-               unit="images", unit_scale=cfg.n_class * cfg.n_pos)        # real ones
-    for step, batch in bar:
-        means = train_step(student, ema, optimizer, batch, step, cfg)
-        row = {name: value.item() for name, value in means.items()}
-        log.append({"step": step, **row, "seconds": perf_counter() - began})
-        bar.set_postfix(drift=row[middle], grad_norm=row["grad_norm"])
-        done = step + 1
-        if rank() == 0 and (done == cfg.steps or done % cfg.save_every == 0):
-            save_state(student, ema, optimizer, log, cfg)
-            if rae:
-                path = Path(cfg.out, "samples.png")
-                save_grid(path, partial(one_step, ema), rae, data.classes[:10], 8, cfg)
-    return ema
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, cfg.betas, fused=True,
+                                  weight_decay=cfg.weight_decay)
+    return student, ema, optimizer
 
-# ---- The method ends here. Below: the networks, and what a real run needs.
 
-# ---- 5  Representation Autoencoder (§3.1; code bytetriper/RAE): a frozen encoder, a ViT decoder
+def distil(student, ema, optimizer, positives, cfg, first_step=0, loss_function=latent_loss):
+    """Train in place, one step per iteration; yield (step, what to log). Writes no files."""
+    for step in range(first_step, cfg.steps):
+        yield step, train_step(student, ema, optimizer, positives, step, cfg, loss_function)
+
+
+# ---- The method ends here. Below are the networks, and what a real run needs.
+
+# ---- 5  Representation Autoencoder (§3.1; official code: bytetriper/RAE)
+
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    """Multi-head self-attention, for all transformers of this file."""
+
+    def __init__(self, dim, num_heads):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-    def forward(self, x, rope=nn.Identity()):                # [B,N,D]
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))     # [B,N,3,heads,d]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # [B,heads,N,d] each
-        out = F.scaled_dot_product_attention(rope(q), rope(k), v)
+
+    def forward(self, x, rope=None):                         # [B,L,D]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))     # [B,L,3,heads,d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # [B,heads,L,d] each
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-class Mlp(nn.Sequential):
-    def __init__(self, dim, hidden):
+
+class Mlp(nn.Module):
+    """The feed-forward part of a block."""
+
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
 
 class LayerScale(nn.Module):
+    """DINOv2 multiplies the output of each branch by a learned vector."""
+
     def __init__(self, dim):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
+
     def forward(self, x):
         return self.gamma * x
 
+
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale, under DINOv2's key names."""
-    def __init__(self, dim, heads, mlp_dim, eps):
+    """Transformer block of encoder and decoder, with the key names of DINOv2."""
+
+    def __init__(self, dim, num_heads, mlp_dim, eps):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = Mlp(dim, mlp_dim)
         self.ls2 = LayerScale(dim)
+
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-class PatchEmbed(nn.Sequential):
-    """Images or latents [B,C,H,W] -> a token per patch, [B,D,h,w]."""
+
+class PatchEmbed(nn.Module):
+    """Images or latents [B,C,H,W] -> one vector per patch, [B,D,h,w]."""
+
     def __init__(self, channels, dim, patch_size):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
 
+    def forward(self, x):
+        return self.proj(x)
+
+
 class ViT(nn.Module):
-    """DINOv2 with registers; loads dinov2_vitb14_reg4_pretrain.pth strictly."""
+    """The encoder: DINOv2 with registers. It loads dinov2_vitb14_reg4_pretrain.pth strictly."""
+
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, num_registers=4,
                  mlp_ratio=4):
         super().__init__()
@@ -355,204 +440,284 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.register_tokens = nn.Parameter(0.02 * torch.randn(1, num_registers, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid**2, embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))    # released, of no use here
+        # mask_token is unused; it is kept so that the released file loads strictly.
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         mlp_dim = int(mlp_ratio * embed_dim)
         blocks = [Block(embed_dim, num_heads, mlp_dim, 1e-6) for _ in range(depth)]
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # of use to eval_fid.py alone
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # unused, but in the released file
+
     def features(self, x):
-        """Normalised images [B,3,H,W] -> class, register and patch tokens [B,1+R+N,D], no norm."""
+        """Normalised images [B,3,H,W] -> class, register and patch tokens [B,1+R+L,D]."""
         x = self.patch_embed(x)                              # [B,D,h,w]
-        pos = self.pos_embed[:, 1:].mT.unflatten(-1, (self.grid, -1))
-        pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", antialias=True)   # 518 pixels -> 224
-        patches = (x + pos).flatten(2).mT                    # [B,N,D]
-        cls = self.cls_token + self.pos_embed[:, :1]
-        prefix = torch.cat([cls, self.register_tokens], 1)   # registers have no position
-        return self.blocks(torch.cat([prefix.expand(len(x), -1, -1), patches], 1))
+        # DINOv2 was trained at 518 pixels and runs at 224 here, so its position embedding is
+        # interpolated.
+        pos_embed = self.pos_embed[:, 1:].mT.unflatten(-1, (self.grid, -1))  # [1,D,37,37]
+        pos_embed = F.interpolate(pos_embed, x.shape[-2:], mode="bicubic", antialias=True)
+        patches = (x + pos_embed).flatten(2).mT              # [B,L,D]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        prefix = torch.cat([cls_token, self.register_tokens], 1)     # registers have no position
+        x = torch.cat([prefix.expand(len(x), -1, -1), patches], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
     def forward(self, x):
-        """Normalised images [B,3,H,W] -> patch tokens [B,N,D], after a LayerNorm without affine."""
+        """Normalised images [B,3,H,W] -> patch tokens [B,L,D], after a LayerNorm without affine."""
         patches = self.features(x)[:, 1 + self.register_tokens.shape[1]:]
         return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
 
+
 def grid_angles(n, grid, dtype):
-    """Angles position · 10000^(−i/n), i < n, of rows and of columns, [grid²,n] each."""
+    """For each token's row and column: position · 10000^(−i/n), i < n. Two tensors [grid²,n]."""
     frequency = 10000.0 ** (-torch.arange(n, dtype=dtype) / n)
     angle = torch.outer(torch.arange(grid, dtype=dtype), frequency)
-    return angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
+    return angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)   # rows, columns
+
 
 def sincos_2d(dim, grid):
-    """Fixed 2-D sine-cosine position embedding of MAE and DiT, [grid²,dim], column first."""
+    """The fixed sine-cosine position embedding of MAE and DiT, [grid²,dim], columns first."""
     row, column = grid_angles(dim // 4, grid, torch.float64)
     parts = [column.sin(), column.cos(), row.sin(), row.cos()]
     return torch.cat(parts, 1).float()
 
+
+# Replaced in this order, because output.dense is also a part of attention.output.dense.
+OFFICIAL_NAMES = {"decoder_layers": "blocks", "attention.attention": "attn",
+                  "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
+                  "output.dense": "mlp.fc2", "layernorm_before": "norm1",
+                  "layernorm_after": "norm2", "trainable_cls_token": "cls_token", "decoder_": ""}
+
+
 class Decoder(nn.Module):
-    """The RAE's ViT decoder: tokens [B,N,D] -> images [B,3,H,W] in normalised pixel space."""
+    """The decoder of the RAE, a ViT: tokens [B,L,D] -> images [B,3,H,W] in normalised pixels."""
+
     def __init__(self, latent_dim, width, depth, num_heads, mlp_dim, patch_size, grid):
         super().__init__()
-        self.patch_size, self.image_size = patch_size, grid * patch_size
+        self.grid = grid
+        self.patch_size = patch_size
+        self.image_size = grid * patch_size
         self.embed = nn.Linear(latent_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        pos_embed = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])   # 0: class token
+        # The class token has a zero position embedding.
+        pos_embed = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])
         self.register_buffer("pos_embed", pos_embed.unsqueeze(0))
         blocks = [Block(width, num_heads, mlp_dim, 1e-12) for _ in range(depth)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, 1e-12)
         self.pred = nn.Linear(width, 3 * patch_size**2)
+
     def forward(self, x):
-        cls = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.embed(x)], 1) + self.pos_embed
-        patches = self.pred(self.norm(self.blocks(x)))[:, 1:]    # [B,N,p·p·3]
-        patches = patches.unflatten(-1, (-1, 3)).mT.flatten(2)   # [B,N,3·p·p]
-        return F.fold(patches.mT, self.image_size, self.patch_size, stride=self.patch_size)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, self.embed(x)], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        patches = self.pred(self.norm(x))[:, 1:]             # [B,L,p·p·3]
+        patches = patches.unflatten(-1, (self.patch_size, self.patch_size, 3))
+        patches = patches.unflatten(1, (self.grid, self.grid))   # [B,g,g,p,p,3]
+        pixels = patches.permute(0, 5, 1, 3, 2, 4)           # [B,3,g,p,g,p]
+        return pixels.reshape(len(x), 3, self.image_size, self.image_size)
+
     @classmethod
-    def from_official(cls, state_dict, num_heads):
-        """The released decoder (bytetriper/RAE); sizes but the heads are read off the tensors."""
+    def from_official(cls, state_dict, num_heads, path="the decoder"):
+        """The decoder that bytetriper/RAE released, under our key names.
+
+        All sizes except the number of heads are read off the tensors' shapes; `path` is for error
+        messages."""
+        require_keys(state_dict, ("decoder_embed.weight", "decoder_pos_embed", "decoder_pred.bias",
+                                  "decoder_norm.weight",
+                                  "decoder_layers.0.intermediate.dense.bias"), path)
         sd = {}
         for key, value in state_dict.items():
-            for official, short in OFFICIAL_KEYS:
-                key = key.replace(official, short)
+            for official_name, name in OFFICIAL_NAMES.items():
+                key = key.replace(official_name, name)
             sd[key] = value
-        width, latent_dim = sd["embed.weight"].shape
         depth = sum(key.endswith("norm1.weight") for key in sd)
-        for block in [f"blocks.{i}" for i in range(depth)]:
+        for i in range(depth):
             for kind in ("weight", "bias"):
-                qkv = [sd.pop(f"{block}.attn.{part}.{kind}") for part in ("query", "key", "value")]
-                sd[f"{block}.attn.qkv.{kind}"] = torch.cat(qkv)
-            sd[f"{block}.ls1.gamma"] = sd[f"{block}.ls2.gamma"] = torch.ones(width)  # it has none
+                keys = [f"blocks.{i}.attn.{part}.{kind}" for part in ("query", "key", "value")]
+                require_keys(sd, keys, path)
+                sd[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([sd.pop(key) for key in keys])
+            sd[f"blocks.{i}.ls1.gamma"] = torch.ones_like(sd["norm.weight"])     # no LayerScale
+            sd[f"blocks.{i}.ls2.gamma"] = torch.ones_like(sd["norm.weight"])
+        width, latent_dim = sd["embed.weight"].shape
         mlp_dim = len(sd["blocks.0.mlp.fc1.bias"])
         patch_size = isqrt(len(sd["pred.bias"]) // 3)
         grid = isqrt(sd["pos_embed"].shape[1] - 1)
         model = cls(latent_dim, width, depth, num_heads, mlp_dim, patch_size, grid)
-        model.load_state_dict(sd)
+        load_weights(model, sd, path)
         return model
 
-OFFICIAL_KEYS = [("decoder_layers", "blocks"), ("attention.attention", "attn"),
-                 ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
-                 ("output.dense", "mlp.fc2"), ("layernorm_before", "norm1"),
-                 ("layernorm_after", "norm2"), ("trainable_cls_token", "cls_token"),
-                 ("decoder_", "")]
-
-def pixel_logits(images):
-    """A pixel as a logit, 6·(x − ½): for the digits, which are nearly black and white."""
-    return 6 * images - 3
 
 class RAE(nn.Module):
-    """Frozen encoder and decoder; statistics [D,h,w] normalise each channel at each position."""
+    """Frozen encoder and decoder, and the statistics that normalise the latents.
+
+    mean and var [D,h,w] are per channel and position; input_size is what the encoder sees.
+    """
+
     def __init__(self, encoder, decoder, mean, var, input_size, eps=1e-5, sigmoid=False):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.input_size, self.sigmoid = input_size, sigmoid
+        self.encoder = encoder
+        self.decoder = decoder
+        self.input_size = input_size
+        self.sigmoid = sigmoid
         self.register_buffer("mean", mean)
         self.register_buffer("std", (var + eps).sqrt())
         self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False).eval()
+
     def encode(self, images):
         """Images [B,3,H,W] in [0,1] -> normalised latents [B,D,h,w]."""
         images = F.interpolate(images, self.input_size, mode="bicubic")      # as released
-        x = self.encoder((images - self.pixel_mean) / self.pixel_std)    # [B,N,D]
+        x = self.encoder((images - self.pixel_mean) / self.pixel_std)    # [B,L,D]
         latents = x.mT.unflatten(-1, self.mean.shape[-2:])
         return (latents - self.mean) / self.std
+
     def decode(self, latents):
         """Normalised latents [B,D,h,w] -> images [B,3,H,W] around [0,1], not clamped."""
         latents = latents * self.std + self.mean
-        x = self.decoder(latents.flatten(2).mT)              # of tokens [B,N,D]
+        x = self.decoder(latents.flatten(2).mT)
         images = x * self.pixel_std + self.pixel_mean
-        return torch.sigmoid(pixel_logits(images)) if self.sigmoid else images       # digits: yes
+        if self.sigmoid:    # our digits are nearly black and white: a sigmoid gives clean strokes
+            images = torch.sigmoid(6 * images - 3)
+        return images
 
-# ---- 6  DiT^DH (code bytetriper/RAE): a deep narrow encoder conditions each token of a wide head
+
+# The sizes of the released autoencoder. The decoder's are read off its file, except the heads.
+VIT_B14 = dict(img_size=518, patch_size=14, embed_dim=768, depth=12, num_heads=12)
+DECODER_XL = dict(latent_dim=768, width=1152, depth=28, num_heads=16, mlp_dim=4096, patch_size=16,
+                  grid=16)
+
+# ---- 6  DiT^DH, the network of teacher and student (official code: bytetriper/RAE)
+
 
 def zero(layer):
-    """adaLN-Zero: blocks begin as the identity, the output as 0."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
+    """Set a layer to zero (adaLN-Zero: blocks begin as the identity, the velocity as zero)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
-def ada_ln(dim, n):
-    return nn.Sequential(nn.SiLU(), zero(nn.Linear(dim, n * dim)))
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
+
 class RoPE(nn.Module):
-    """Rotary embedding over a grid² of tokens; the buffers are part of the released state dict."""
+    """Rotary position embedding for a square grid. Its buffers are part of the released files."""
+
     def __init__(self, head_dim, grid):
         super().__init__()
-        angle = torch.cat(grid_angles(head_dim // 4, grid, torch.float32), 1)    # [g²,d/2]
-        angle = angle.repeat_interleave(2, 1)                # [g²,d]: a pair turns together
+        rows, columns = grid_angles(head_dim // 4, grid, torch.float32)
+        angle = torch.cat([rows, columns], 1)                # [L,d/2]
+        angle = angle.repeat_interleave(2, 1)                # [L,d]: channels turn in pairs
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
-    def forward(self, x):                                    # [B,heads,N,d]
+
+    def forward(self, x):                                    # [B,heads,L,d]
         a, b = x[..., ::2], x[..., 1::2]
-        turned = torch.stack((-b, a), -1).flatten(-2)        # each pair by 90 degrees
+        turned = torch.stack((-b, a), -1).flatten(-2)        # each pair, rotated by 90 degrees
         return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
 
+
 class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden):
+    """The gated feed-forward part of a DiT block."""
+
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
     def forward(self, x):
         a, b = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(a) * b)
 
+
 class DiTBlock(nn.Module):
-    """adaLN block; condition: one vector per sample, [B,1,D], or in the head per token, [B,N,D]."""
-    def __init__(self, dim, heads):
+    """A block whose norms are shifted, scaled and gated by a condition (adaLN).
+
+    The condition is one vector per sample [B,1,D] in the encoder, one per token [B,L,D] in the
+    head.
+    """
+
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.RMSNorm(dim, 1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, num_heads)
         self.norm2 = nn.RMSNorm(dim, 1e-6)
         self.mlp = SwiGLU(dim, 8 * dim // 3)                 # as many weights as an MLP 4·dim wide
-        self.adaLN_modulation = ada_ln(dim, 6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero(nn.Linear(dim, 6 * dim)))
+
     def forward(self, x, condition, rope):
         modulation = self.adaLN_modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+
 class TimestepEmbedder(nn.Module):
-    """t [B] -> [B,1,D], over Gaussian Fourier features."""
-    def __init__(self, dim):
+    """Time t [B] -> [B,1,D], by Gaussian Fourier features and an MLP."""
+
+    def __init__(self, dim, frequencies=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(512, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.register_buffer("W", torch.randn(256))
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer("W", torch.randn(frequencies))
+
     def forward(self, t):
         angle = 2 * pi * t.view(-1, 1, 1) * self.W           # [B,1,256]
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
+
 class LabelEmbedder(nn.Module):
-    """y [B] -> [B,1,D]; in train() mode dropout_prob of the labels become num_classes: no class."""
+    """Class y [B] -> [B,1,D]. Index num_classes is the null class, which means "no class".
+
+    In train mode a fraction dropout_prob of the labels is replaced by the null class.
+    """
+
     def __init__(self, num_classes, dim, dropout_prob):
         super().__init__()
-        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
+
     def forward(self, y):
         if self.training:
             dropped = torch.rand_like(y, dtype=torch.float32) < self.dropout_prob
             y = y.masked_fill(dropped, self.num_classes)
         return self.embedding_table(y).unsqueeze(1)
 
+
 class FinalLayer(nn.Module):
+    """From the head's features to the velocity."""
+
     def __init__(self, dim, channels):
         super().__init__()
         self.norm_final = nn.RMSNorm(dim, 1e-6)
         self.linear = zero(nn.Linear(dim, channels))
-        self.adaLN_modulation = ada_ln(dim, 2)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero(nn.Linear(dim, 2 * dim)))
+
     def forward(self, x, condition):
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+
 class DiTDH(nn.Module):
-    """Velocity v(x, t | y) of the flow, teacher and student alike; official state-dict keys.
-    hidden_size, depth and num_heads are pairs (encoder, head); class num_classes is "no class"."""
+    """The velocity v(x, t, y): a deep narrow encoder, then a shallow wide head ("DH").
+
+    The encoder turns x, t and y into one condition per token, and the head turns x and these
+    conditions into the velocity. hidden_size, depth and num_heads are pairs (encoder, head). In
+    the official key names s_ and enc_ belong to the encoder, x_ and dec_ to the head.
+    """
+
     def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes,
                  class_dropout_prob=0.1):
         super().__init__()
-        self.input_size, self.in_channels = input_size, in_channels
-        self.num_classes, self.depth = num_classes, tuple(depth)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.depth = tuple(depth)
+        self.recompute = False      # --grad-checkpoint: recompute the blocks in the backward pass
         narrow, wide = hidden_size
         self.register_buffer("pos_embed", sincos_2d(narrow, input_size).unsqueeze(0))
         self.s_embedder = PatchEmbed(in_channels, narrow, 1)
@@ -562,389 +727,706 @@ class DiTDH(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, narrow, class_dropout_prob)
         self.enc_feat_rope = RoPE(narrow // num_heads[0], input_size)
         self.dec_feat_rope = RoPE(wide // num_heads[1], input_size)
-        self.blocks = nn.ModuleList()                        # the encoder's, then the head's
-        for width, n, heads in zip(hidden_size, depth, num_heads):
-            self.blocks += [DiTBlock(width, heads) for _ in range(n)]
+        encoder = [DiTBlock(narrow, num_heads[0]) for _ in range(depth[0])]
+        head = [DiTBlock(wide, num_heads[1]) for _ in range(depth[1])]
+        self.blocks = nn.ModuleList(encoder + head)
         self.final_layer = FinalLayer(wide, in_channels)
+
+    def run(self, block, x, condition, rope):
+        if self.recompute and torch.is_grad_enabled():
+            return recompute_later(block, x, condition, rope, use_reentrant=False)
+        return block(x, condition, rope)
+
     def forward(self, x, t, y):
-        """x [B,D,h,w], t [B] in [0,1], y [B] class indices -> velocity [B,D,h,w]."""
-        time_embedding = self.t_embedder(t)                  # [B,1,E]
+        """x [B,D,h,w], times t [B] in [0,1], classes y [B] -> velocity [B,D,h,w]."""
+        time_embedding = self.t_embedder(t)                  # [B,1,narrow]
         condition = F.silu(time_embedding + self.y_embedder(y))
-        features = self.s_embedder(x).flatten(2).mT + self.pos_embed     # [B,N,E]
+        features = self.s_embedder(x).flatten(2).mT + self.pos_embed     # [B,L,narrow]
         for block in self.blocks[:self.depth[0]]:
-            features = block(features, condition, self.enc_feat_rope)
-        # one condition per token; a SiLU here and another in each adaLN, both as released
-        condition = self.s_projector(F.silu(time_embedding + features))      # [B,N,H]
-        out = self.x_embedder(x).flatten(2).mT
-        out = out.to(x.dtype)                                # fp32, as `+ pos_embed` above
+            features = self.run(block, features, condition, self.enc_feat_rope)
+        # There is a SiLU here and another one in each block's adaLN, as in the official code.
+        condition = self.s_projector(F.silu(time_embedding + features))      # [B,L,wide]
+        out = self.x_embedder(x).flatten(2).mT               # [B,L,wide]
+        out = out.to(x.dtype)       # under autocast bf16: return to float32
         for block in self.blocks[self.depth[0]:]:
-            out = block(out, condition, self.dec_feat_rope)
-        out = self.final_layer(out, condition)               # [B,N,D]
+            out = self.run(block, out, condition, self.dec_feat_rope)
+        out = self.final_layer(out, condition)               # [B,L,D]
         return out.mT.unflatten(-1, x.shape[-2:])
+
     @classmethod
-    def from_state_dict(cls, sd):
-        """Sizes are read off the tensors, the heads off the RoPE buffers; then a strict load."""
-        require(all(value.isfinite().all() for value in sd.values()), "it holds NaN or infinity")
+    def from_state_dict(cls, sd, path="the state dict"):
+        """A network whose sizes are read off the tensors. `path` is for error messages."""
+        require_keys(sd, ("s_embedder.proj.weight", "x_embedder.proj.weight", "pos_embed",
+                          "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_cos",
+                          "y_embedder.embedding_table.weight"), path)
         narrow, in_channels = sd["s_embedder.proj.weight"].shape[:2]
         wide = len(sd["x_embedder.proj.weight"])
         head_dims = [sd[f"{part}_feat_rope.freqs_cos"].shape[1] for part in ("enc", "dec")]
         num_heads = (narrow // head_dims[0], wide // head_dims[1])
-        widths = [len(value) for key, value in sd.items() if key.endswith("norm1.weight")]
-        n_head = 2 if narrow == wide else widths.count(wide)         # 2 in all released models
-        depth = (len(widths) - n_head, n_head)
+        block_widths = [len(value) for key, value in sd.items() if key.endswith(".norm1.weight")]
+        head_depth = block_widths.count(wide)
+        if narrow == wide:          # widths do not tell encoder and head apart
+            head_depth = 2          # as in all released models
+        depth = (len(block_widths) - head_depth, head_depth)
         input_size = isqrt(sd["pos_embed"].shape[1])
-        num_classes = len(sd["y_embedder.embedding_table.weight"]) - 1
+        num_classes = len(sd["y_embedder.embedding_table.weight"]) - 1   # without the null class
         model = cls(input_size, in_channels, (narrow, wide), depth, num_heads, num_classes)
-        model.load_state_dict(sd)
+        load_weights(model, sd, path)
         return model
 
-# ---- 7  Data: random numbers, and real images of one class at a time (§3.3)
 
-# A draw depends on seed, purpose and place, not on what was drawn before: so a resumed run draws
-# what an unbroken one does, and several ranks what one does.
-STREAMS = {"noise": 0, "positives": 1, "classes": 1, "samples": 2}   # classes have no label: −1
+DITDH_XL = dict(input_size=16, in_channels=768, hidden_size=(1152, 2048), depth=(28, 2),
+                num_heads=(16, 16), num_classes=1000)        # 839 million parameters
+DITDH_S = DITDH_XL | dict(hidden_size=(384, 2048), depth=(12, 2), num_heads=(6, 16))   # 197 million
 
-def stream(cfg, purpose, index, label=-1):
-    """NumPy's generator for a purpose at step (or of sample) `index`, perhaps of one class."""
-    return np.random.default_rng([cfg.seed, index, label + 1, STREAMS[purpose]])
+# ---- 7  Data: the positives, which are real images of one class at a time (§3.3)
 
-def torch_stream(cfg, purpose, index, label=-1):
-    """The same for tensors, on the device."""
-    seed = stream(cfg, purpose, index, label).integers(2**63)
-    return torch.Generator(cfg.device).manual_seed(int(seed))
-
-@dataclass
-class Positives(Dataset):
-    """Item (step, label): that label, n_pos real images of it, with replacement if it has fewer."""
-    source: object                    # latents [n,D,h,w], or an ImageFolder of uint8 [H,W,3]
-    labels: np.ndarray                # [n]
-    cfg: Config
-    @cached_property
-    def classes(self):
-        return np.unique(self.labels).tolist()               # that have images
-    def __getitem__(self, item):
-        step, label = item
-        rng = stream(self.cfg, "positives", step, label)
-        n = self.cfg.n_pos
-        members = np.flatnonzero(self.labels == label)
-        chosen = rng.choice(members, n, replace=len(members) < n)
-        if isinstance(self.source, torch.Tensor):
-            return label, self.source[chosen]
-        images = torch.stack([self.source[i][0] for i in chosen])
-        if self.cfg.flip:
-            mirrored = rng.random(n) < 0.5
-            images[mirrored] = images[mirrored].flip(2)
-        return label, images
-
-def batches(data, first, cfg, rae=None):
-    """Yields (step, batch) from step `first` on; batch: this rank's (class, latents [P,D,h,w]).
-    data: Positives; images are encoded by the rae."""
-    chosen = {}
-    for step in range(first, cfg.steps):
-        rng = stream(cfg, "classes", step)
-        labels = rng.choice(data.classes, cfg.n_class, replace=False)
-        chosen[step] = labels.tolist()[rank()::world()]
-    items = [(step, label) for step in chosen for label in chosen[step]]
-    pairs = map(data.__getitem__, items)
-    if isinstance(data.source, ImageFolder):
-        loader = DataLoader(data, batch_size=None, sampler=items, num_workers=cfg.workers)
-        pairs = ((label, encode(rae, images, cfg)) for label, images in loader)
-    for step in chosen:
-        yield step, islice(pairs, len(chosen[step]))         # train_step takes them all
 
 def center_crop(image, size):
-    """ADM's, of a PIL image: halve while twice too large, resize the short side, cut."""
+    """ADM's crop of a PIL image: halve it while it is at least twice too large, resize its short
+    side, cut out the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-def read_image(path, size):
-    try:
-        image = Image.open(path).convert("RGB")
-    except Exception as error:                               # of many kinds; few name the file
-        raise ValueError(f"{path} cannot be read, mend or remove it: {error}") from error
-    return torch.from_numpy(np.array(center_crop(image, size)))
 
+def read_image(path, size):
+    """-> uint8 [size,size,3]. As in ADM, the EXIF orientation is ignored."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):            # Pillow would clip these to white
+                raise ValueError("it has more than 8 bits per channel")
+            image = center_crop(image.convert("RGB"), size)
+    except Exception as error:      # Pillow raises many kinds of errors, and few name the file
+        raise UserError(f"cannot read the image {path}: {error}; replace or remove it") from error
+    return torch.from_numpy(np.array(image))
+
+
+class ImageClasses(ImageFolder):
+    """A folder with one subfolder per class; hidden files and folders do not count.
+
+    A subfolder is named by the number of its class. WordNet ids (as in ImageNet) also work if no
+    class is missing; they are numbered alphabetically.
+    """
+
+    def __init__(self, root, num_classes, size):
+        self.num_classes = num_classes
+        self.skipped = []           # files that are not images
+        loader = partial(read_image, size=size)
+        # This calls the two methods below.
+        super().__init__(root, loader=loader, is_valid_file=self.is_image)
+
+    def is_image(self, path):
+        parts = Path(path).relative_to(self.root).parts
+        if any(part.startswith(".") for part in parts):      # hidden
+            return False
+        if path.lower().endswith(IMG_EXTENSIONS):
+            return True
+        self.skipped.append(path)
+        return False
+
+    def find_classes(self, directory):
+        """-> names of the subfolders, {name: number of its class}; torchvision calls this."""
+        names, _ = super().find_classes(directory)
+        names = [name for name in names if not name.startswith(".")]
+        numbers = {name: int(name) for name in names if name.isdecimal()}
+        wordnet_ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
+        if len(names) == len(wordnet_ids) == self.num_classes:
+            numbers = {name: i for i, name in enumerate(names)}
+        for name in names:
+            if name not in numbers or numbers[name] >= self.num_classes:
+                raise UserError(
+                    f"the folder {directory}/{name} must be named by a class number below "
+                    f"{self.num_classes}; WordNet ids also work if all {self.num_classes} classes "
+                    "are there")
+        return names, numbers
+
+
+def open_images(folder, num_classes, size):
+    """-> ImageClasses; says what is skipped."""
+    try:
+        dataset = ImageClasses(folder, num_classes, size)
+    except OSError as error:        # a missing folder, or a class folder without images
+        raise UserError(f"--data: {error}") from error
+    if dataset.skipped and RANK == 0:
+        print(f"{len(dataset.skipped)} files are skipped because their format is not supported; "
+              f"the first is {dataset.skipped[0]}")
+    return dataset
+
+
+class ClassSampler:
+    """A batch sampler: for each class of each step the indices of its positives.
+
+    labels: the class of each item of the dataset. A class with fewer than n_pos items is drawn
+    with replacement.
+    """
+
+    def __init__(self, labels, cfg, first_step=0):
+        self.labels = np.asarray(labels)
+        self.classes = np.unique(self.labels).tolist()
+        self.cfg = cfg
+        self.first_step = first_step
+
+    def schedule(self):
+        """Yield (step, class) for all classes of this rank, in the order of training."""
+        for step in range(self.first_step, self.cfg.steps):
+            rng = numpy_stream(self.cfg, "data", step)
+            chosen = rng.choice(self.classes, self.cfg.n_class, replace=False)
+            for label in chosen.tolist()[RANK::WORLD]:
+                yield step, label
+
+    def __iter__(self):
+        for step, label in self.schedule():
+            rng = numpy_stream(self.cfg, "data", step, label)
+            members = np.flatnonzero(self.labels == label)
+            too_few = len(members) < self.cfg.n_pos
+            yield rng.choice(members, self.cfg.n_pos, replace=too_few).tolist()
+
+
+def load_positives(dataset, sampler, rae, cfg):
+    """Yield (class, latents [P,D,h,w]) in the order of training.
+
+    The dataset holds latents [D,h,w], or with --data images uint8 [H,W,3], which are encoded here.
+    """
+    workers = cfg.workers if cfg.data else 0
+    # Without the timeout, a run whose readers lack shared memory would hang forever.
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
+                        timeout=300 if workers else 0)
+    # The loader's batches come in the order of the schedule.
+    for (step, label), (batch, labels) in zip(sampler.schedule(), loader):
+        assert (labels == label).all()
+        batch = batch.to(cfg.device)
+        if cfg.data and cfg.flip:
+            generator = torch_stream(cfg, "mirror", step, label)
+            draws = torch.rand(len(batch), generator=generator, device=cfg.device)
+            mirrored = (draws < 0.5).view(-1, 1, 1, 1)
+            batch = torch.where(mirrored, batch.flip(2), batch)
+        if cfg.data:
+            batch = encode(rae, batch, cfg)
+        yield label, batch.float()                           # latents may be stored as float16
+
+
+@torch.no_grad()
 def encode(rae, images, cfg):
     """Images uint8 [n,H,W,3] -> latents [n,D,h,w] on the device."""
-    pixels = images.to(cfg.device).permute(0, 3, 1, 2) / 255
-    with autocast(cfg):
-        return torch.cat([rae.encode(batch) for batch in pixels.split(cfg.batch_size)])
+    latents = []
+    for batch in images.split(cfg.batch_size):
+        pixels = batch.to(cfg.device).permute(0, 3, 1, 2) / 255
+        with autocast(cfg):
+            latents.append(rae.encode(pixels))
+    return torch.cat(latents)
+
 
 def to_uint8(images):
-    """[n,3,H,W] around [0,1] -> uint8 [n,H,W,3] on the CPU."""
+    """Images [n,3,H,W] around [0,1] -> uint8 [n,H,W,3] on the CPU, rounded."""
     levels = (images.clamp(0, 1) * 255).round()
     return levels.byte().permute(0, 2, 3, 1).cpu()
 
-# ---- 8  Checkpoints, ours and the released ones: read without unpickling, loaded strictly
 
-@contextmanager
-def reading(path, mmap=False):
-    """What torch.load finds; for a missing, cut, foreign or malicious file one sentence."""
+# ---- 8  Checkpoints: read without executing their code, loaded strictly, written atomically
+
+
+def load(path):
+    """Read a checkpoint that torch.save wrote -> dict."""
     try:
-        yield torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]          # torch's advice takes pages
-        raise ValueError(f"cannot read {path}: {type(error).__name__}, {reason}") from error
+        # weights_only: a checkpoint from the internet must not be able to run code here.
+        # mmap: read a tensor when it is used; torch's older file format cannot do this.
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))
+    except Exception as error:      # torch raises many kinds of errors, with pages of advice
+        raise UserError(f"cannot read {path}: {why_unreadable(path, error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: it holds a {type(content).__name__}, not a dict")
+    return content
 
-@contextmanager
-def write_atomically(path, mode="wb"):
-    """A file of another name, renamed at the end: path is the old file or the new one."""
+
+def why_unreadable(path, error):
+    """Say in words why torch.load failed."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if str(path).endswith(".safetensors"):
+        return "safetensors files are not read; convert it with torch.save"
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run git lfs pull"
+    if b"<html" in start.lower() or b"<!doctype" in start.lower():
+        return "it is a web page, not a checkpoint; download it again"
+    foreign_class = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign_class:
+        return (f"it holds an object of the class {foreign_class[1]}, and only tensors, numbers, "
+                "text, lists and dicts are read; save its weights alone")
+    if "weights_only" in str(error):    # torch's advice, to switch this protection off, is bad
+        return "it is not a checkpoint of PyTorch; download it again"
+    reason = str(error).partition("\n")[0]
+    return f"{reason}; if the file is damaged, download it again"
+
+
+def require_keys(found, keys, path):
+    for key in keys:
+        if key not in found:
+            raise UserError(f"cannot use {path}: {key} is missing (files of diffusers, RAEv2 and "
+                            "MF-RAE are not supported)")
+
+
+def load_weights(model, state_dict, path):
+    """model.load_state_dict, which is strict; an error becomes a sentence."""
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        first_reason = str(error).splitlines()[1].strip()
+        raise UserError(f"cannot use {path}: {first_reason[:400]}") from error
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"cannot use {path}: the tensor {key} holds NaN or infinity")
+
+
+def save(path, write):
+    """Call write(file) on a temporary file and rename it, so that a crash leaves no half file."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, mode) as file:
-            yield file
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())                          # on the disk, before the rename
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                 # the latter is torch.save's
-        raise OSError(f"cannot write {path}, an old file is kept: {error}") from error
+    except (OSError, RuntimeError) as error:                 # torch.save raises RuntimeError
+        free = shutil.disk_usage(path.parent).free / 1e9
+        kept = ", so the old file is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}{kept}: {error}; {free:.1f} GB are free") from error
     finally:
         temporary.unlink(missing_ok=True)
 
+
+def make_folder(folder):
+    """Make a folder, and check early that files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into the folder {folder}: {error.strerror}") from error
+
+
+def read_network(checkpoint, path):
+    """The DiT^DH of a checkpoint: ours, an official one, or a training checkpoint."""
+    weights = checkpoint.get("ema", checkpoint.get("model", checkpoint))
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} holds no state dict, but a {type(weights).__name__}")
+    # DistributedDataParallel and torch.compile put prefixes before the keys.
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): x for key, x in weights.items()}
+    return DiTDH.from_state_dict(weights, path).eval()
+
+
 def load_teacher(path):
-    """The DiT^DH of our or an official checkpoint, a raw state dict or the key `ema`; eval mode."""
-    with reading(path) as checkpoint:
-        return DiTDH.from_state_dict(checkpoint.get("ema", checkpoint)).eval()
+    """The flow model that a file holds, in eval mode."""
+    return read_network(load(path), path)
 
-def build_rae(saved):
-    """The RAE that toy/digits.py saves."""
-    encoder, decoder = ViT(**saved["encoder_args"]), Decoder(**saved["decoder_args"])
-    encoder.load_state_dict(saved["encoder"])
-    decoder.load_state_dict(saved["decoder"])
-    settings = {key: saved[key] for key in ("mean", "var", "input_size", "sigmoid")}
-    return RAE(encoder, decoder, **settings)
 
-def released_rae(models, vit_b14=(518, 14, 768, 12, 12)):
-    """bytetriper/RAE's, its files where README's two download commands put them."""
-    encoder = ViT(*vit_b14)
-    with reading(Path(models, "dinov2_vitb14_reg4_pretrain.pth")) as state_dict:
-        encoder.load_state_dict(state_dict)
-    with reading(Path(models, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt")) as state_dict:
-        decoder = Decoder.from_official(state_dict, num_heads=16)
-    with reading(Path(models, "stats/dinov2/wReg_base/imagenet1k/stat.pt")) as statistics:
-        mean, var = statistics["mean"], statistics["var"]
-    return RAE(encoder, decoder, mean, var, input_size=mean.shape[-1] * vit_b14[1])
+def load_autoencoder(checkpoint, path, models):
+    """The RAE that our own checkpoints hold, or else the released one from the folder models."""
+    if "rae" in checkpoint:
+        saved = checkpoint["rae"]
+        require_keys(saved, ("encoder", "decoder", "mean", "var"), path)
+        encoder = ViT(**saved["encoder_args"])
+        decoder = Decoder(**saved["decoder_args"])
+        load_weights(encoder, saved["encoder"], path)
+        load_weights(decoder, saved["decoder"], path)
+        settings = {key: saved[key] for key in ("mean", "var", "input_size", "sigmoid")}
+        return RAE(encoder, decoder, **settings)
+    path = Path(models, "dinov2_vitb14_reg4_pretrain.pth")
+    encoder = ViT(**VIT_B14)
+    load_weights(encoder, load(path), path)
+    path = Path(models, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt")
+    decoder = Decoder.from_official(load(path), num_heads=DECODER_XL["num_heads"], path=path)
+    path = Path(models, "stats/dinov2/wReg_base/imagenet1k/stat.pt")
+    statistics = load(path)
+    require_keys(statistics, ["var"], path)
+    var = statistics["var"]
+    mean = statistics.get("mean")
+    if mean is None:                # the released file has none, and the official code subtracts 0
+        mean = torch.zeros_like(var)
+    return RAE(encoder, decoder, mean, var, input_size=var.shape[-1] * VIT_B14["patch_size"])
 
-def load_pair(path, cfg, weights=None):
-    """-> network, RAE, and what our own file holds beside them; weights: a resumed student's."""
-    with reading(path) as checkpoint:
-        model = DiTDH.from_state_dict(weights or checkpoint.get("ema", checkpoint)).eval()
-        saved = checkpoint if "rae" in checkpoint else {}
-        rae = build_rae(saved["rae"]) if saved.get("rae") else None
-    rae = rae or released_rae(cfg.models)
-    shape = [model.in_channels, model.input_size, model.input_size]
-    require(list(rae.mean.shape) == shape, f"latents {shape} are not of {path}'s autoencoder")
-    return model.to(cfg.device), rae.to(cfg.device), saved
 
-def save_state(student, ema, optimizer, log, cfg):
-    """Write OUT/state.pt and OUT/log.csv."""
-    state = {"student": student.state_dict(), "ema": ema.state_dict(), "log": log,
-             "optimizer": optimizer.state_dict(), "config": asdict(cfg)}
-    with write_atomically(Path(cfg.out, "state.pt")) as file:
-        torch.save(state, file)
-    with write_atomically(Path(cfg.out, "log.csv"), "w") as file:
-        table = csv.DictWriter(file, log[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(log)
+def require_same_latents(network, rae, path):
+    latents = [network.in_channels, network.input_size, network.input_size]
+    if list(rae.mean.shape) != latents:
+        raise UserError(f"the network of {path} takes latents {latents}, but the autoencoder makes "
+                        f"{list(rae.mean.shape)}")
 
-# ---- 9  Sampling: an .npz or a picture
 
-def guide(model, w):
-    """A copy whose class embeddings are e(y) + w·(e(y) − e(∅)): guidance at no cost.
-    Ours: the abstract of the paper's v2 speaks of extrapolation and gives no formula."""
-    model = deepcopy(model)
-    table = model.y_embedder.embedding_table.weight.data     # its last row is e(∅), and stays
-    table += w * (table - table[-1:])
-    return model
+# ---- 9  Variants: options beyond the paper's method, and the rows of its tables
+#
+# Each row starts from the defaults, or from --preset imagenet256 --data DIR.
+# Table 3   A  --n-pos 64 --n-extra-neg 0 --no-perturb --field y-softmax    (Deng et al.)
+#           B  --n-pos 64 --n-extra-neg 0
+#           C  no further flags
+# Table 5   perturb no,  y-softmax kept     A
+#           perturb no,  y-softmax removed  B with --no-perturb     (in the paper it collapsed)
+#           perturb yes, y-softmax kept     B with --field y-softmax
+#           perturb yes, y-softmax removed  B
+# Table 6   --n-neg K --n-extra-neg 256-K
+# Table 7   --n-pos P --n-extra-neg N-64, where N counts all negatives
+
 
 @torch.no_grad()
-def generate(sampler, rae, labels, cfg):
-    """Images uint8 [n,H,W,3] of sampler(z, y) -> latents, for labels [n]."""
-    images = []
-    for batch in tqdm(torch.arange(len(labels)).split(cfg.batch_size), leave=False):
-        generators = [torch_stream(cfg, "samples", i) for i in batch.tolist()]
-        z = [torch.randn(rae.mean.shape, generator=g, device=cfg.device) for g in generators]
-        with autocast(cfg):
-            latents = sampler(torch.stack(z), labels[batch].to(cfg.device))
-        images.append(to_uint8(rae.decode(latents)))         # in fp32: bf16 has too few grey levels
-    return torch.cat(images)
+def y_softmax_field(x, pos, neg, tau, noise=None):
+    """--field y-softmax: Deng et al.'s field as released, which modification 1 replaces.
 
-def save_grid(path, sampler, rae, classes, n_each, cfg):
-    """A PNG of n_each samples of each class, a row per class; the same noise each time."""
-    labels = torch.tensor(classes).repeat_interleave(n_each)
-    images = generate(sampler, rae, labels, cfg)
-    with write_atomically(path) as file:
-        save_image(images.permute(0, 3, 1, 2) / 255, file, format="png", nrow=n_each, padding=1)
+    A weight is the square root of a product: softmax over all targets × softmax over the generated
+    samples (the "y-softmax"). Then the weights of the positives are multiplied by the sum of the
+    negatives' weights, and the other way round. Without the square root and the y-softmax this
+    would be drift_field times the product of the two sums. @YSOFTMAX@
+    """
+    query = x if noise is None else x + noise
+    all_distances = torch.cat([distances(query, neg), distances(query, pos)], 2)     # [L,N,M+P]
+    logits = -all_distances / tau
+    # Leave the sample itself out. The clamp below still leaves it a weight of 1e-3, as released.
+    logits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    affinity = logits.softmax(2) * logits.softmax(1)
+    affinity = affinity.clamp(min=1e-6).sqrt()
+    w_neg, w_pos = affinity.split([neg.shape[1], pos.shape[1]], 2)
+    sum_neg = w_neg.sum(2, keepdim=True)                     # [L,N,1]
+    sum_pos = w_pos.sum(2, keepdim=True)
+    # All weights of a side sum to sum_neg · sum_pos, so here, too, the query cancels.
+    attraction = (w_pos * sum_neg) @ pos
+    repulsion = (w_neg * sum_pos) @ neg
+    return attraction - repulsion
 
-def sample(cfg):
-    """--sample: as many images of each class (§4) to FILE.npz (for eval_fid.py) or FILE.png."""
-    model, rae, saved = load_pair(Path(cfg.out, "student.pt"), cfg)
-    sampler = partial(one_step, guide(model, cfg.guidance))
-    classes = distilled = saved.get("classes", [*range(model.num_classes)])
-    if cfg.classes:
-        classes = [int(name) for name in cfg.classes.split(",")]
-    require(set(classes) <= set(distilled), f"--classes: the student was distilled on {distilled}")
-    n_each, rest = divmod(cfg.sample, len(classes))
-    require(rest == 0, f"--sample must be a multiple of {len(classes)}, the number of classes")
-    if cfg.to.endswith(".png"):
-        save_grid(Path(cfg.to), sampler, rae, classes, n_each, cfg)
-    else:
-        labels = torch.tensor(classes).repeat(n_each)
-        images = generate(sampler, rae, labels, cfg)
-        with write_atomically(Path(cfg.to)) as file:
-            np.savez(file, arr_0=images.numpy(), arr_1=labels.numpy())
+
+FIELDS = {"softmax": drift_field, "y-softmax": y_softmax_field}
+
+
+def variant_loss(gen, pos, extra_neg, cfg, generator):
+    """latent_loss with --field and --windows.
+
+    Eq. (11) sees one token at a time, never whether the tokens of a sample belong together. With
+    --windows 1 2 single tokens drift, and also windows of 2×2 tokens as one vector each. (Windows
+    are our addition.) @WINDOWS@
+    """
+    total = 0
+    for window in cfg.windows:
+        parts = [tokens(latents, window) for latents in (gen, pos, extra_neg)]
+        loss, info = drift_loss(*parts, cfg.temperatures, field=FIELDS[cfg.field],
+                                perturb=cfg.perturb, generator=generator)
+        total = total + loss.mean()
+    return total, info                                       # log the info of the last window
+
+
+def guide(model, w):
+    """--guidance w: a copy with the class embeddings e(y) + w·(e(y) − e(null class)).
+
+    Guidance at no cost: only a table changes. The abstract of the paper's second version speaks
+    of extrapolation without a formula; this is our reading. @GUIDANCE@
+    """
+    model = deepcopy(model)
+    table = model.y_embedder.embedding_table.weight.data
+    null_class = table[-1:].clone()                          # the last row; it stays
+    table.copy_(table + w * (table - null_class))
+    return model
+
 
 # ---- 10  Command
 
-def world():
-    return int(os.environ.get("WORLD_SIZE", 1))              # set by torchrun
 
-def rank():
-    return int(os.environ.get("RANK", 0))
+def whole_number(text):
+    number = int(text)
+    if number < 0:
+        raise ArgumentTypeError(f"{text} is negative")
+    return number
 
-def sum_over_ranks(tensors):
-    if world() > 1:
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
 
-def autocast(cfg):
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16")
+def finite_number(text):
+    number = float(text)
+    if not 0 <= number < torch.inf:
+        raise ArgumentTypeError(f"{text} is negative or not finite")
+    return number
 
-def require(condition, sentence):
-    if not condition:
-        raise ValueError(sentence)
-
-CHOICES = {"field": FIELDS, "preset": PRESETS, "device": ["auto", "cpu", "cuda", "mps"],
-           "dtype": ["fp32", "bf16"]}
-NARGS = {"betas": 2}
 
 def parse(argv=None):
-    """Command line -> the flags that were given, {field of Config: value}."""
-    comments = dict(re.findall(r"    (\w+): .*  # (.*)", getsource(Config)))
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    for field in fields(Config):
-        kind = {"type": field.type, "choices": CHOICES.get(field.name)}
-        if field.type is bool:
-            kind = {"action": BooleanOptionalAction}
-        elif field.type is tuple:
-            kind = {"type": type(field.default[0]), "nargs": NARGS.get(field.name, "+")}
-        kind["help"] = f"{comments[field.name]} (default: {field.default!r})"
-        parser.add_argument("--" + field.name.replace("_", "-"), default=SUPPRESS, **kind)
+    """Command line -> {field of Config: value} for the flags that were given."""
+    types = {int: whole_number, float: finite_number, str: str}
+    parser = ArgumentParser(description=__doc__.partition("\n")[0], argument_default=SUPPRESS)
+    for entry in dataclasses.fields(Config):
+        flag = "--" + entry.name.replace("_", "-")
+        text = f"{entry.metadata['help']} (default: {entry.default})"
+        if entry.type is bool:
+            parser.add_argument(flag, action=BooleanOptionalAction, help=text)
+        elif entry.type is tuple:
+            number = types[type(entry.default[0])]
+            parser.add_argument(flag, type=number, nargs="+", help=text)
+        else:
+            parser.add_argument(flag, type=types[entry.type], help=text,
+                                choices=entry.metadata["choices"])
     return vars(parser.parse_args(argv))
 
-LIMITS = {"steps": (1, 1e9), "n_class": (1, 1e9), "n_pos": (1, 1e9), "n_neg": (2, 1e9),
-          "n_extra_neg": (0, 1e9), "temperatures": (1e-6, 1e6), "windows": (1, 1e3), "lr": (0, 1e3),
-          "lr_final": (0, 1), "betas": (0, 1), "weight_decay": (0, 1e3), "clip": (0, 1e9),
-          "ema": (0.5, 1), "ema_warmup": (1, 1e9), "save_every": (1, 1e9), "seed": (0, 1e18),
-          "workers": (0, 1e3), "batch_size": (1, 1e9), "sample": (0, 1e9), "guidance": (-10, 10)}
-MAY_CHANGE = {"out", "resume", "device", "teacher", "data", "models", "workers", "save_every",
-              "compile", "grad_checkpoint", "batch_size"}    # flags that --resume allows
+
+def configure(given):
+    """Flags -> (Config, the state to resume, which is empty for a new run)."""
+    if not given.get("resume"):
+        preset = PRESETS[given.get("preset", Config.preset)]
+        return Config(**(preset | given)), {}
+    may_change = ("teacher", "data", "models", "out", "resume", "save_every", "device", "compile",
+                  "grad_checkpoint", "workers", "batch_size")
+    for name in given:
+        if name not in may_change:
+            flag = name.replace("_", "-")
+            raise UserError(f"--resume keeps the saved configuration: leave out --{flag}")
+    path = Path(given.get("out", Config.out), "state.pt")
+    state = load(path)
+    require_keys(state, ("config", "student", "ema", "optimizer", "log"), path)
+    # The run may continue on another machine: device and out are not taken from the file.
+    here = {"device": Config.device, "out": Config.out}
+    return Config(**(state["config"] | here | given)), state
+
 
 def check(cfg):
-    """ValueError for settings that cannot work."""
-    for name, (low, high) in LIMITS.items():
-        for value in np.atleast_1d(getattr(cfg, name)):
-            require(low <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value}")
-    to_file = cfg.to.endswith((".npz", ".png"))
-    require(to_file == bool(cfg.sample), "sampling takes --sample N --to FILE.npz or FILE.png")
+    """Reject invalid settings before anything is read or written."""
+    for name in ("steps", "n_class", "n_pos", "save_every", "batch_size", "ema_warmup"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} must be at least 1")
+    if cfg.n_neg < 2:
+        raise UserError("n_neg must be at least 2: a sample needs others that repel it")
+    if min(cfg.temperatures) <= 0 or min(cfg.windows) < 1:
+        raise UserError("temperatures must be greater than 0, and windows at least 1")
+    if len(cfg.betas) != 2 or max(cfg.betas) >= 1 or not 0.5 <= cfg.ema <= 1:
+        raise UserError("betas must be two numbers below 1, and ema one from 0.5 to 1")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", cfg.classes):
+        raise UserError(f"--classes takes numbers, as in 3,7, not {cfg.classes}")
+    if bool(cfg.sample) != bool(cfg.to):
+        raise UserError("--sample N and --to FILE are used together")
+    if cfg.to and not cfg.to.endswith((".npz", ".png")):
+        raise UserError(f"--to takes FILE.npz or FILE.png, not {cfg.to}")
 
-def resume(given):
-    """-> the saved Config, of which flags may change little, and the saved state."""
-    for name in given:
-        require(name in MAY_CHANGE, f"a resumed run keeps its {name}: leave that flag out")
-    changes = {"device": "auto", "out": Config.out} | given      # it may go on elsewhere
-    with reading(Path(changes["out"], "state.pt"), mmap=True) as state:
-        return Config(**state["config"] | changes), state
 
-def begin(cfg):
-    """Before a new run: spare an unfinished one; train the digits' teacher if it is missing."""
-    out = Path(cfg.out)
-    old = out / "state.pt"
-    if old.exists():
-        with reading(old, mmap=True) as state:
-            left = state["config"]["steps"] - len(state["log"])
-        require(left == 0, f"{out} holds a run that lacks {left} steps: --resume, or change --out")
-        old.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    if not cfg.teacher and cfg.preset == "digits" and not (out / "teacher.pt").exists():
-        from toy.digits import make_teacher
-        make_teacher(out / "teacher.pt", cfg.seed)
-
-def connect(cfg):
-    """Find this process's device, and the other ranks."""
-    available = {"cuda": torch.cuda.is_available(), "cpu": True,
+def choose_device(cfg):
+    """Replace "auto", and check that the device is there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available()}
     if cfg.device == "auto":
         cfg.device = "cuda" if available["cuda"] else "cpu"
-    require(available[cfg.device], f"--device {cfg.device}: torch finds none")
+    if not available[cfg.device]:
+        raise UserError(f"--device {cfg.device}: PyTorch finds no such device")
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.allow_tf32 = False              # fp32 is fp32
-    if world() > 1:
-        distributed.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+        torch.backends.cudnn.allow_tf32 = False              # no TF32: keep full float32 precision
+        torch.set_float32_matmul_precision("highest")
 
-def run(cfg, state, began):
-    """Distil; write student.pt and, for the digits, the report to OUT."""
-    out = Path(cfg.out)
-    teacher = cfg.teacher or out / "teacher.pt"
-    student, rae, saved = load_pair(teacher, cfg, state and state["student"])
-    if cfg.data:
-        reader = partial(read_image, size=rae.decoder.image_size)
-        source = ImageFolder(cfg.data, loader=reader)
-        labels = np.array(source.targets)
-        names, n = source.classes, student.num_classes
-        numbered = all(name.isdigit() for name in names)     # as in 217/
-        if numbered:
-            labels = np.array(names, int)[labels]
-        require(labels.max() < n and (numbered or len(names) == n), f"{cfg.data} must hold {n} "
-                "folders, one per class of the teacher, or some named by its number, as in 217/")
-    else:
-        require("images" in saved, "this teacher's file has no images: name a folder with --data")
-        source, labels = encode(rae, saved["images"], cfg), saved["labels"].numpy()
-    data = Positives(source, labels, cfg)
-    require(world() <= cfg.n_class <= len(data.classes), f"it must hold: processes {world()} <= "
-            f"--n-class {cfg.n_class} <= classes of the images {len(data.classes)}")
-    if cfg.grad_checkpoint:                                  # keep a block's input alone
-        for block in student.blocks:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
-    if cfg.compile:
-        student.compile(dynamic=False)
-    ema = distil(student, data, cfg, rae, state)
-    if rank() > 0:
-        return
-    with write_atomically(out / "student.pt") as file:
-        contents = {"ema": ema.state_dict(), "rae": saved.get("rae"), "classes": data.classes}
-        torch.save(contents, file)
-    if "judge" in saved:
-        from toy.digits import report
-        report(ema, rae, saved, cfg, began)
+
+@torch.no_grad()
+def generate(sampler, rae, labels, cfg):
+    """Images uint8 [n,H,W,3] of the classes in labels [n]; sampler(z, y) makes the latents."""
+    size = rae.decoder.image_size
+    images = torch.empty(len(labels), size, size, 3, dtype=torch.uint8)
+    batches = torch.arange(len(labels)).split(cfg.batch_size)
+    for indices in tqdm(batches, "samples", leave=False, disable=None):      # None: see main
+        # One generator per image: the batch size then does not change what is drawn.
+        generators = [torch_stream(cfg, "samples", i) for i in indices.tolist()]
+        z = [torch.randn(rae.mean.shape, generator=g, device=cfg.device) for g in generators]
+        with autocast(cfg):
+            latents = sampler(torch.stack(z), labels[indices].to(cfg.device))
+        # The decoder runs in float32, since bfloat16 has too few grey levels.
+        images[indices] = to_uint8(rae.decode(latents.float()))
+    return images
+
+
+def save_grid(path, sampler, rae, classes, n_each, cfg):
+    """A PNG with one row per class; the noise is the same at each call."""
+    labels = torch.tensor(classes).repeat_interleave(n_each)
+    images = generate(sampler, rae, labels, cfg).permute(0, 3, 1, 2)     # [n,3,H,W]
+    grid = make_grid(images, n_each, padding=1).permute(1, 2, 0)
+    picture = Image.fromarray(grid.numpy())
+    save(path, partial(picture.save, format="PNG"))
+
+
+def sample(cfg):
+    """--sample: write equally many images of each class (§4) to FILE.npz or FILE.png."""
+    to = Path(cfg.to)
+    if to.is_dir():
+        raise UserError(f"--to: {to} is a folder")
+    make_folder(to.parent)
+    path = Path(cfg.out, "student.pt")
+    checkpoint = load(path)
+    student = read_network(checkpoint, path).to(cfg.device)
+    rae = load_autoencoder(checkpoint, path, cfg.models).to(cfg.device)
+    require_same_latents(student, rae, path)
+    require_keys(checkpoint, ["classes"], path)
+    distilled = checkpoint["classes"]
+    classes = distilled
+    if cfg.classes:
+        classes = [int(name) for name in cfg.classes.split(",")]
+    if not set(classes) <= set(distilled):
+        raise UserError(f"--classes: the student was distilled on the classes {distilled}")
+    if cfg.sample % len(classes):
+        raise UserError(f"--sample must be a multiple of {len(classes)}, the number of classes")
+    n_each = cfg.sample // len(classes)
+    sampler = partial(one_step, guide(student, cfg.guidance))
+    try:
+        if to.suffix == ".png":
+            save_grid(to, sampler, rae, classes, n_each, cfg)
+        else:
+            labels = torch.tensor(classes).repeat(n_each)
+            images = generate(sampler, rae, labels, cfg)
+            save(to, partial(np.savez, arr_0=images.numpy(), arr_1=labels.numpy()))
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted: the images are lost, {to} was not written") from None
+
+
+def require_new_or_finished(out):
+    """Do not overwrite a run that can still be resumed."""
+    if (out / "state.pt").exists():
+        state = load(out / "state.pt")
+        missing = state["config"]["steps"] - len(state["log"])
+        if missing > 0:
+            raise UserError(f"{out} holds a run that has {missing} steps to go: continue it with "
+                            "--resume, or choose another --out")
+
+
+def save_run(student, ema, optimizer, log, cfg):
+    """Write OUT/state.pt, from which --resume continues, and OUT/log.csv, a row per step."""
+    state = {"student": student.state_dict(), "ema": ema.state_dict(), "log": log}
+    state["optimizer"] = optimizer.state_dict()
+    state["config"] = dataclasses.asdict(cfg)
+    save(Path(cfg.out, "state.pt"), partial(torch.save, state))
+    rows = [list(row.values()) for row in log]
+    table = partial(np.savetxt, X=rows, fmt="%g", delimiter=",", header=",".join(log[0]),
+                    comments="")
+    save(Path(cfg.out, "log.csv"), table)
+
 
 def main(argv=None):
-    began, given = perf_counter(), parse(argv)
-    if given.get("resume"):
-        cfg, state = resume(given)
-    else:
-        cfg, state = Config(**PRESETS[given.get("preset", Config.preset)] | given), None
+    began = perf_counter()
+    cfg, state = configure(parse(argv))
     check(cfg)
-    if not (cfg.resume or cfg.sample or rank() > 0):         # other ranks wait in `connect`
-        begin(cfg)
-    connect(cfg)
-    if not cfg.sample:
-        run(cfg, state, began)
-    elif rank() == 0:
-        sample(cfg)
-    if world() > 1:
+    choose_device(cfg)
+    if cfg.sample:
+        if RANK == 0:
+            sample(cfg)
+        return
+    if WORLD > 1:
+        # The other processes wait while one writes the state: allow a slow disk an hour.
+        distributed.init_process_group("nccl" if cfg.device == "cuda" else "gloo",
+                                       timeout=timedelta(hours=1))
+
+    # The folder OUT. Only rank 0 writes into it.
+    out = Path(cfg.out)
+    if RANK == 0:
+        make_folder(out)
+        if not cfg.resume:
+            require_new_or_finished(out)
+
+    # The networks. A resumed run takes their sizes from the state, and the weights below.
+    checkpoint = load(cfg.teacher)
+    path = out / "state.pt" if cfg.resume else cfg.teacher
+    student, ema, optimizer = prepare(read_network(state if cfg.resume else checkpoint, path), cfg)
+    rae = load_autoencoder(checkpoint, cfg.teacher, cfg.models).to(cfg.device)
+    require_same_latents(student, rae, cfg.teacher)
+    log = []                                                 # one row per step
+    if cfg.resume:
+        student.load_state_dict(state["student"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = state["log"]
+    student.recompute = cfg.grad_checkpoint
+    if cfg.compile:
+        student.compile(dynamic=False)
+
+    # The data: the latents in the teacher's checkpoint, or a folder of images.
+    if cfg.data:
+        dataset = open_images(cfg.data, student.num_classes, rae.decoder.image_size)
+        labels = dataset.targets
+    elif "latents" in checkpoint:
+        dataset = TensorDataset(checkpoint["latents"], checkpoint["labels"])
+        labels = checkpoint["labels"]
+    else:
+        raise UserError(f"{cfg.teacher} holds no latents: name a folder of images with --data")
+    sampler = ClassSampler(labels, cfg, first_step=len(log))
+    classes = sampler.classes
+    if not WORLD <= cfg.n_class <= len(classes):
+        raise UserError(f"--n-class is {cfg.n_class}, but it must be at least {WORLD}, the number "
+                        f"of processes, and at most {len(classes)}, the classes with images")
+    positives = load_positives(dataset, sampler, rae, cfg)
+
+    # The training.
+    loss_function = latent_loss
+    if cfg.field != "softmax" or list(cfg.windows) != [1]:
+        loss_function = variant_loss
+    steps = distil(student, ema, optimizer, positives, cfg, len(log), loss_function)
+    silent = True if RANK > 0 else None                      # None: silent without a terminal
+    bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=silent)
+    start = perf_counter()
+    if log:
+        start -= log[-1]["seconds"]                          # continue the elapsed time
+    saved = len(log)
+    try:
+        for step, means in bar:
+            row = {name: value.item() for name, value in means.items()}
+            log.append({"step": step, **row, "seconds": perf_counter() - start})
+            bar.set_postfix(loss=row["loss"], grad_norm=row["grad_norm"])
+            done = step + 1
+            if done < cfg.steps and done % cfg.save_every > 0:
+                continue
+            if RANK == 0:
+                if saved == 0:                               # remove what an older run left in OUT
+                    for name in ("student.pt", "metrics.json"):
+                        (out / name).unlink(missing_ok=True)
+                save_run(student, ema, optimizer, log, cfg)
+                save_grid(out / "samples.png", partial(one_step, ema), rae, classes[:10], 8, cfg)
+            saved = done
+    except KeyboardInterrupt:
+        advice = "nothing was saved"
+        if saved > 0:
+            advice = f"--resume --out {out} continues after step {saved}"
+        raise UserError(f"interrupted: {advice}") from None
+
+    # The result.
+    if RANK == 0:
+        contents = {"ema": ema.state_dict(), "classes": classes}
+        if "rae" in checkpoint:
+            contents["rae"] = checkpoint["rae"]
+        save(out / "student.pt", partial(torch.save, contents))
+        if "judge" in checkpoint:   # digits: toy/digits.py has a classifier that judges samples
+            from toy.digits import report
+            report(ema, rae, checkpoint, cfg, log, began)
+    if WORLD > 1:
         distributed.destroy_process_group()
 
-def command(main):
-    """main(), but bad input ends in one sentence and a non-zero exit, without a traceback."""
+
+OUT_OF_MEMORY = "out of memory: try --grad-checkpoint, a smaller --batch-size or a smaller --n-neg"
+READER_KILLED = ("a process that reads images was killed: use fewer --workers, or enlarge /dev/shm "
+                 "(with Docker: --shm-size)")
+ADVICE = {
+    "out of memory": OUT_OF_MEMORY,                          # on a GPU
+    "DefaultCPUAllocator": OUT_OF_MEMORY,
+    "DataLoader timed out": "no image was read for 5 minutes: if /dev/shm is full, as in a Docker "
+                            "container, start the container with a larger --shm-size",
+    "killed by signal": READER_KILLED,
+    "exited unexpectedly": READER_KILLED}
+
+
+def run_as_script(main):
+    """Run main(). An error that the user can fix ends in one sentence, a bug in its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a terminal may not know τ
     try:
         main()
+    except UserError as error:
+        # A process that reads images puts its own traceback before the sentence.
+        sys.exit(str(error).rpartition("UserError: ")[2].strip())
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was saved of a run goes on with drift_rae.py --resume")
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(str(error).strip().rpartition("\n")[2])     # above it, of a reader: a traceback
+        sys.exit("interrupted")
+    except RuntimeError as error:
+        for symptom, advice in ADVICE.items():
+            if symptom in str(error):
+                sys.exit(advice)
+        raise
+
 
 if __name__ == "__main__":
-    command(main)
+    # toy/digits.py imports drift_rae: let it find this module instead of loading a second one.
+    sys.modules["drift_rae"] = sys.modules["__main__"]
+    run_as_script(main)
