@@ -1,29 +1,35 @@
 """Drawing with Pillow, for all of toy/: charts, and images side by side.
 
     axes = Axes(title, x_label, y_label, (low, high), (low, high))      the ranges of x and y
-    axes.line(x, y, colour, low, high)       with a band, if low and high are given
-    axes.bar(x, y, colour)                   a bar at y, from the left to x
-    axes.text(x, y, text, colour)            right of a point, or at an anchor (Pillow's)
-    panels({title: uint8 [n,H,W,3]}, rows)   an image: each title's tiles as a grid
+    axes.line(x, y, colour, low, high)       a curve; a band around it, if low and high are given
+    axes.points(x, y, colour, radius)        dots; axes.diamonds(x, y) are hollow
+    axes.arrows(x, y, dx, dy, colour)
+    axes.bar(x, y, colour)                   a bar at the height y, from the left to x
+    axes.text(x, y, text, colour)            right of a point, or at one of Pillow's anchors
+    axes.image()                             the finished chart
+    panels({title: uint8 [n,H,W,3]}, rows)   an image: for each title its tiles as a grid
     note({text: colour}, size)               an image: lines of text
-    sheet([image, …], abreast)               an image: all of them side by side, then below
+    sheet([image, …], abreast)               an image: `abreast` images per row
 
-x, y: arrays, lists, CPU tensors, numbers. NaN is left out; what is out of range lies on the edge.
-Axes takes {value: name} as ticks, {} for none, and {text: colour} as legend; sizes are in pixels.
+x and y are arrays, lists, CPU tensors or numbers. NaN is left out, and what is out of range lies on
+the edge. As ticks, Axes takes {value: name}, and {} for none; as legend, {text: colour}. Sizes are
+in pixels.
 """
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 
 COLOURS = ("#1f60c4", "#ce5414", "#229944", "#8040a0", "#d8a000", "#c8102e", "#109a9a", "#606060")
+# Pillow's own font has little more than ASCII.
 SPELLED = str.maketrans({"é": "e", "×": "x", "–": "-", "−": "-", "‖": "|", "→": "->", "√": "sqrt ",
                          "²": "^2", "τ": "tau", "κ": "kappa", "Σ": "sum ", "⁺": "+", "⁻": "-"})
-K = 2                   # charts are drawn twice as large, for smooth lines; Pillow's font is ASCII
+K = 2                   # charts are drawn twice as large and then reduced, for smooth lines
 THIN, THICK, TICK = K, 2 * K, 4 * K
 GRID, FRAME = "#dddddd", "#888888"
 
+
 def ticks(low, high, log):
-    """{value: name} of the round values from low to high."""
+    """The round values from low to high: {value: name}."""
     sizes = [digit * 10.0**e for e in range(-9, 10) for digit in (1, 2, 5)]
     step = next(size for size in sizes if high - low <= 6 * size)
     values = step * np.arange(round(low / step), high / step + 0.01)
@@ -32,14 +38,18 @@ def ticks(low, high, log):
     slack = 1e-6 * (high - low)
     return {v: f"{v:g}" for v in values if low - slack <= v <= high + slack}
 
+
 def place(values, ends, log, pixels):
-    """Values on an axis with these ends -> where they lie between two pixels."""
+    """Where values on an axis with these ends lie between two pixels."""
     values = np.clip(np.asarray(values, float), *ends)
     if log:
         values, ends = np.log(values), np.log(ends)
     return np.interp(values, ends, pixels)
 
+
 class Axes:
+    """A chart; the module's docstring has its methods."""
+
     def __init__(self, title, x_label, y_label, x, y, *, x_log=False, y_log=False, x_ticks=None,
                  y_ticks=None, legend=None, size=(720, 440), font=15, right=24):
         self.x = x
@@ -53,8 +63,10 @@ class Axes:
         self.canvas = Image.new("RGB", (width, height), "white")
         self.draw = ImageDraw.Draw(self.canvas, "RGBA")
         em = K * font
-        x_ticks = ticks(*x, x_log) if x_ticks is None else x_ticks
-        y_ticks = ticks(*y, y_log) if y_ticks is None else y_ticks
+        if x_ticks is None:
+            x_ticks = ticks(*x, x_log)
+        if y_ticks is None:
+            y_ticks = ticks(*y, y_log)
         names = map(self.font.getlength, y_ticks.values())
         left = em + max(names, default=-em / 2)
         right = width - K * right
@@ -89,6 +101,7 @@ class Axes:
         self.draw.text((px, py), text, colour, self.font, anchor)
 
     def pixels(self, x, y):
+        """-> the pixels [(px, py), …] of the points, without NaN."""
         left, top, right, bottom = self.frame
         px = place(x, self.x, self.x_log, (left, right))
         py = place(y, self.y, self.y_log, (bottom, top))
@@ -99,7 +112,7 @@ class Axes:
     def line(self, x, y, colour, low=None, high=None):
         if low is not None:
             there, back = self.pixels(x, low), self.pixels(x, high)
-            self.draw.polygon(there + back[::-1], colour + "28")
+            self.draw.polygon(there + back[::-1], colour + "28")    # 28: mostly transparent
         self.draw.line(self.pixels(x, y), colour, THICK, "curve")
 
     def points(self, x, y, colour, radius=4):
@@ -139,11 +152,12 @@ class Axes:
     def image(self):
         return self.canvas.resize(self.size, Image.LANCZOS)
 
+
 def panels(images, rows):
     done = []
     for title, tiles in images.items():
         across = len(tiles) // rows
-        tiles = tiles.permute(0, 3, 1, 2)                           # [n,3,H,W]
+        tiles = tiles.permute(0, 3, 1, 2)                   # [n,3,H,W]
         grid = make_grid(tiles, across, padding=1, pad_value=150)
         grid = grid.permute(1, 2, 0).numpy()
         grid = ImageOps.scale(Image.fromarray(grid), 2, Image.NEAREST)
@@ -153,6 +167,7 @@ def panels(images, rows):
         panel.paste(grid, (em // 2, 2 * em))
         done.append(panel)
     return sheet(done, 3)
+
 
 def note(lines, size, font=15):
     image = Image.new("RGB", size, "white")
@@ -164,6 +179,7 @@ def note(lines, size, font=15):
         draw.text((font / 2, middle), text, colour, face, "lm")
         middle += 1.5 * font
     return image
+
 
 def sheet(images, abreast):
     rows = [images[i:i + abreast] for i in range(0, len(images), abreast)]

@@ -1,34 +1,33 @@
-"""What an RAE's space is compared with: a VAE of the same digits, a flow in its latents, its paths.
+"""What the space of an RAE is compared with: a VAE of the same digits and a flow in its latents.
 
-The VAE makes the same 2×2 tokens, with an encoder and a decoder of the same size. As in latent
-diffusion, its latents are samples of the posterior, here one an image.
+The VAE makes the same grid of 2×2 tokens, with an encoder and a decoder of the RAE's size. As in
+latent diffusion, its latents are samples of the posterior; here there is one sample per image.
 """
-import sys
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from drift_rae import (RAE, Decoder, DiTDH, ViT, ode_sample,  # noqa: E402
-                       pixel_logits, reading, write_atomically)
-from toy.digits import DECODER, ENCODER, TEACHER, fit, train_flow  # noqa: E402
-from toy.digits import STEPS as RAE_STEPS  # noqa: E402
+import drift_rae as dr
+from toy import digits
 
-STEPS = (800, RAE_STEPS[2])     # of VAE and flow, which is trained like the RAE's
-KL = 0.01               # weight of the divergence: made to reconstruct, as SD-VAE
+STEPS = (800, 5000)     # of VAE and flow
+KL = 0.01       # weight of the divergence: small, so that images are reconstructed, as in SD-VAE
+
 
 class Space(NamedTuple):
-    rae: RAE                    # its decode() takes the latents
-    raw: torch.Tensor           # as the encoder gives them, [n,D,2,2]
-    latents: torch.Tensor       # normalised to mean 0, variance 1 in each channel and position
-    labels: torch.Tensor        # [n]
+    rae: dr.RAE                     # rae.decode takes the latents, also where a VAE made them
+    raw: torch.Tensor               # the latents as the encoder gives them, [n,D,2,2]
+    latents: torch.Tensor           # normalised to mean 0, variance 1 per channel and position
+    labels: torch.Tensor            # [n]
+
 
 def divergence(mean, log_var):
-    """KL of N(mean, exp(log_var)) from N(0, I), summed over everything."""
+    """The divergence of N(mean, exp(log_var)) from N(0, I), summed over everything."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
+
 
 def posterior(vae, images):
     """-> mean, logarithm of the variance, and one sample, [B,D,2,2] each."""
@@ -36,66 +35,78 @@ def posterior(vae, images):
     noise = torch.randn_like(mean)
     return mean, log_var, mean + (log_var / 2).exp() * noise
 
+
 def negative_elbo(vae, images):
-    """A pixel's, with a Bernoulli likelihood."""
+    """The loss of a VAE per pixel; a pixel is Bernoulli-distributed."""
     mean, log_var, latents = posterior(vae, images)
-    logits = pixel_logits(vae.decode(latents))
+    logits = digits.pixel_logits(vae.decode(latents))
     nll = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
-    loss = nll / 3 + KL * divergence(mean, log_var)     # three equal channels
+    loss = nll / 3 + KL * divergence(mean, log_var)     # the three channels are equal
     return loss / images[:, 0].numel()
 
-def vae_space(checkpoint, width, steps):
-    """Train a VAE, its tokens `width` wide, on the digits -> its Space, the posterior's means."""
-    images = checkpoint["images"].permute(0, 3, 1, 2) / 255
-    dim = max(ENCODER["embed_dim"], width)      # or the encoder would be narrower than the latents
-    vit = ViT(**ENCODER | {"embed_dim": dim})
+
+def vae_space(width, steps):
+    """Train a VAE, whose tokens have `width` numbers, on the digits.
+
+    -> its Space, and the posterior's means [n,D,2,2].
+    """
+    images, labels = digits.load_digits()
+    pixels = images.permute(0, 3, 1, 2) / 255
+    # The encoder must not be narrower than the latents.
+    dim = max(digits.ENCODER["embed_dim"], width)
+    vit = dr.ViT(**digits.ENCODER | {"embed_dim": dim})
     encoder = nn.Sequential(vit, nn.Linear(dim, 2 * width))
-    decoder = Decoder(**DECODER | {"latent_dim": width})
+    decoder = dr.Decoder(**digits.DECODER | {"latent_dim": width})
     zeros, ones = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    vae = RAE(encoder, decoder, zeros, ones, input_size=28, eps=0)
-    vae.requires_grad_(True)
+    vae = dr.RAE(encoder, decoder, zeros, ones, input_size=28, eps=0)
+    vae.requires_grad_(True)        # dr.RAE freezes both networks
 
     def loss(i):
-        return negative_elbo(vae, images[i])
+        return negative_elbo(vae, pixels[i])
 
-    fit(vae.parameters(), loss, len(images), steps, 2e-3, "VAE")
+    digits.fit(vae.parameters(), loss, len(pixels), steps, 2e-3, "VAE")
     vae.requires_grad_(False)
-    mean, _, raw = posterior(vae, images)
-    return space_of(decoder, raw, checkpoint["labels"]), mean
+    mean, _, raw = posterior(vae, pixels)
+    return space_of(decoder, raw, labels), mean
+
 
 def space_of(decoder, raw, labels):
     mean, var = raw.mean(0), raw.var(0)
-    rae = RAE(None, decoder, mean, var, input_size=28, eps=0, sigmoid=True)
+    rae = dr.RAE(None, decoder, mean, var, input_size=28, eps=0, sigmoid=True)
     return Space(rae, raw, (raw - rae.mean) / rae.std, labels)
 
+
 def flow_teacher(space, steps, seed=0):
-    """-> a flow in the space, as drift_rae.py's default trains it in the RAE's."""
-    model = DiTDH(**TEACHER | {"in_channels": space.latents.shape[1]})
-    return train_flow(model, space.latents, space.labels, steps, seed=seed)
+    """Train a flow model in the space, as toy/digits.py trains the one in the RAE's."""
+    model = dr.DiTDH(**digits.TEACHER | {"in_channels": space.latents.shape[1]})
+    return digits.train_flow(model, space.latents, space.labels, steps, seed=seed)
+
 
 def ode_path(teacher, z, y):
-    """The grid points [50,n,D,h,w] of ode_sample's paths, from the noise z to the end."""
+    """The 50 grid points of ode_sample's paths, from the noise z to the end: [50,n,D,h,w]."""
     points = []
 
     def record(x, t, y):
         points.append(x)
         return teacher(x, t, y)
 
-    points.append(ode_sample(record, z, y))
+    points.append(dr.ode_sample(record, z, y))
     return torch.stack(points)
 
-def make_vae64(path, checkpoint, steps=STEPS):
-    """Train VAE-64 and its flow teacher on the checkpoint's digits; write what read_vae64 reads."""
-    torch.manual_seed(0)
-    space, _ = vae_space(checkpoint, 64, steps[0])
-    teacher = flow_teacher(space, steps[1])
-    flow, decoder = teacher.state_dict(), space.rae.decoder.state_dict()
-    with write_atomically(path) as file:
-        torch.save({"ema": flow, "decoder": decoder, "raw": space.raw}, file)
 
-def read_vae64(path, labels):
-    """-> flow teacher and Space; labels are the checkpoint's."""
-    with reading(path) as saved:
-        decoder = Decoder(**DECODER | {"latent_dim": 64})
-        decoder.load_state_dict(saved["decoder"])
-        return DiTDH.from_state_dict(saved["ema"]).eval(), space_of(decoder, saved["raw"], labels)
+def make_vae64(path, steps=STEPS):
+    """Train VAE-64 and a flow model in its space; write the file that read_vae64 reads."""
+    torch.manual_seed(0)
+    space, _ = vae_space(64, steps[0])
+    teacher = flow_teacher(space, steps[1])
+    saved = {"ema": teacher.state_dict(), "decoder": space.rae.decoder.state_dict()}
+    saved |= {"raw": space.raw, "labels": space.labels}
+    dr.save(path, partial(torch.save, saved))
+
+
+def read_vae64(path):
+    """-> the flow model and its Space."""
+    saved = dr.load(path)
+    decoder = dr.Decoder(**digits.DECODER | {"latent_dim": 64})
+    dr.load_weights(decoder, saved["decoder"], path)
+    return dr.read_network(saved, path), space_of(decoder, saved["raw"], saved["labels"])
