@@ -1,26 +1,25 @@
-"""toy/ablation.py on a tiny teacher: it goes on after a break, its tables are naive numbers."""
+"""toy/ablation.py on a tiny teacher: it continues after a break, and its tables are right."""
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from unittest.mock import Mock
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from drift_rae import Config, drift_field, one_step, tokens
-from toy import ablation
+import drift_rae as dr
+from toy import ablation, runs
 
 FLAGS = ["--seeds", "1", "--steps", "1", "--jobs", "1"]
+CPU = dr.Config(device="cpu", perturb=False, temperatures=(0.2,))
 
 
-def run(out, *flags):
-    ablation.main(["--out", str(out), *FLAGS, *flags])
+def run(out, teacher, *flags):
+    helpers.run("--out", out, "--teacher", teacher, *FLAGS, *flags, main=ablation.main)
 
 
 def saved(out):
@@ -28,12 +27,12 @@ def saved(out):
     return json.loads((out / "ablation.json").read_text())["runs"]
 
 
-def interrupt_after_first_run(out):
-    """Table 3 in a process of its own, Ctrl-C -> what it says."""
-    command = [sys.executable, ablation.__file__, "--out", out, "--rows", "3", *FLAGS]
-    script = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True)
-    while not (out / "ablation.json").exists() and script.poll() is None:
-        time.sleep(0.01)
+def interrupt_after_first_run(out, teacher):
+    """Start Table 3 as a process and press Ctrl-C -> what the command says."""
+    command = [sys.executable, ablation.__file__, "--out", out, "--teacher", teacher, *FLAGS]
+    script = subprocess.Popen([*command, "--rows", "3"], text=True, stderr=subprocess.PIPE,
+                              start_new_session=True)
+    helpers.wait_for(out / "ablation.json", script)
     os.killpg(script.pid, signal.SIGINT)            # as a terminal does: to parent and workers
     err = script.communicate(timeout=60)[1]
     assert script.returncode == 1, err
@@ -42,29 +41,28 @@ def interrupt_after_first_run(out):
 
 @pytest.fixture(scope="module")
 def out(teacher, tmp_path_factory):
-    """Table 3, interrupted after its first run; then that, guidance and Table 9."""
+    """Table 3, interrupted after its first run; then Table 3 again, guidance and Table 9."""
     out = tmp_path_factory.mktemp("ablation with space ü")
-    shutil.copy(teacher, out / "teacher.pt")
-    err = interrupt_after_first_run(out)
+    err = interrupt_after_first_run(out, teacher)
     assert "interrupted" in err and "Traceback" not in err, err
     path = out / "ablation.json"
     half = json.loads(path.read_text())
     assert len(half["runs"]) < 3
     first = next(iter(half["runs"].values()))
-    first["0.0"]["fd"] = 123.0                      # would be lost, were it run again
+    first["0.0"]["fd"] = 123.0                      # would be lost if it were run again
     path.write_text(json.dumps(half))
-    run(out, "--rows", "3", "guidance", "9")
+    run(out, teacher, "--rows", "3", "guidance", "9")
     assert half["runs"].items() <= saved(out).items()
     return out
 
 
 def test_equal_rows_are_one_run(out):
-    """C stands in all three tables, and guides its own students."""
-    runs = saved(out)
-    assert len(runs) == 5                           # A, B, C, scratch, decode–encode
-    weights = sorted(len(metrics) for metrics in runs.values())
+    """C stands in all three tables, and is guided after its training."""
+    done = saved(out)
+    assert len(done) == 5                           # A, B, C, scratch, decode–encode
+    weights = sorted(len(metrics) for metrics in done.values())
     assert weights == [1, 1, 1, 1, 5]
-    for metrics in runs.values():
+    for metrics in done.values():
         assert all(0 <= m["precision"] <= 1 for m in metrics.values())
 
 
@@ -75,23 +73,26 @@ def test_other_steps_and_seeds_are_other_runs(out, flags, missing):
     assert len(jobs.keys() - saved(out).keys()) == missing
 
 
-def test_a_finished_command_runs_nothing(out, capsys, monkeypatch):
+def test_a_finished_command_runs_nothing(out, teacher, capsys, monkeypatch):
     monkeypatch.setattr("multiprocessing.get_context", None)
     (out / "guidance.png").unlink()
-    run(out, "--rows", "guidance")
+    run(out, teacher, "--rows", "guidance")
     assert capsys.readouterr().out.count("| w = ") == 5
     assert Image.open(out / "guidance.png").width
 
 
-def test_runs_of_another_teacher_are_refused(out, tmp_path):
-    shutil.copy(out / "ablation.json", tmp_path)
-    (tmp_path / "teacher.pt").write_bytes(b"another")
-    with pytest.raises(ValueError, match="another teacher"):
-        run(tmp_path)
+def test_a_wrong_teacher_is_refused(out, teacher, tmp_path):
+    another, other = tmp_path / "another.pt", tmp_path / "other.pt"
+    torch.save(helpers.read(teacher), another)      # the same content, but other bytes
+    torch.save(helpers.tiny_network().state_dict(), other)
+    for path, words in {another: "another teacher", other: "not a teacher of digits",
+                        tmp_path / "typo": "typo"}.items():
+        said = helpers.refusal("--out", out, "--teacher", path, *FLAGS, main=ablation.main)
+        assert words in said
 
 
 def results_of(table, fds):
-    """What `gather` gives for these Fréchet distances, a list a row; all else is 0.5."""
+    """What `gather` gives for these Fréchet distances, one list per row; all else is 0.5."""
     results = {}
     for row, fd in zip(ablation.TABLES[table].rows, fds):
         results[row.name] = dict.fromkeys(ablation.METRICS, [0.5] * len(fd)) | {"fd": fd}
@@ -99,15 +100,15 @@ def results_of(table, fds):
 
 
 def test_gather_finds_each_rows_values():
-    """Of its own run and guidance, in the order of the seeds."""
+    """They are those of its own run and guidance, in the order of the seeds."""
     args = ablation.parse([])
-    runs = {}
+    done = {}
     for key, row, cfg in ablation.runs_of(["guidance", "3"], args):
         metrics = dict.fromkeys(ablation.METRICS, 0.5)
         fd = cfg.n_extra_neg + cfg.seed + row.guidance
-        runs.setdefault(key, {})[str(row.guidance)] = metrics | {"fd": fd}
-    table_3 = ablation.gather("3", args, runs)
-    guidance = ablation.gather("guidance", args, runs)
+        done.setdefault(key, {})[str(row.guidance)] = metrics | {"fd": fd}
+    table_3 = ablation.gather("3", args, done)
+    guidance = ablation.gather("guidance", args, done)
     assert table_3["B: Eq. (11), (12)"]["fd"] == [0, 1, 2]
     assert table_3["C: B at 256/64+192"]["fd"] == [192, 193, 194]
     assert guidance["w = 0.4"]["fd"] == [192.4, 193.4, 194.4]
@@ -115,7 +116,7 @@ def test_gather_finds_each_rows_values():
 
 
 def test_a_table_names_what_is_better_in_every_seed(capsys):
-    """B and C are better than A by as much in the mean; only C is so in every seed."""
+    """In the mean B and C are better than A by the same amount, but only C is so in every seed."""
     fds = [1, 2, 3], [0.1, 2.3, 3], [0.79, 1.8, 2.81]
     ablation.show({"3": results_of("3", fds)})
     lines = capsys.readouterr().out.splitlines()[-3:]
@@ -139,10 +140,9 @@ def test_one_seed_and_nan_give_no_verdict():
     assert ablation.paired([np.nan, 1], [2, 2])[2] == ""
 
 
-def test_a_run_that_ends_in_nan_is_kept(teacher, monkeypatch):
-    monkeypatch.setattr(ablation, "distil_aside", Mock(side_effect=FloatingPointError("NaN")))
-    cfg = Config(device="cpu", steps=1)
-    metrics = ablation.work((teacher, "teacher", cfg, {0.0}))
+def test_a_run_that_diverges_is_kept_as_nan(teacher):
+    cfg = dr.Config(device="cpu", steps=3, n_class=2, lr=1e9)
+    metrics = ablation.distil_and_measure((teacher, "teacher", "latents", cfg, {0.0}))
     metrics = json.loads(json.dumps(metrics))
     assert np.isnan(metrics["0.0"]["fd"])
 
@@ -154,26 +154,34 @@ def test_a_row_of_nan_can_be_drawn_and_printed():
     assert ablation.panel("7", results).width
 
 
-def squared_drift(gen, pos):
-    """Of the samples [n,D,h,w] of one class, in the units of the loss."""
-    gen, pos = tokens(gen), tokens(pos)
-    scale = torch.cdist(gen, torch.cat([gen, pos], 1)).mean()
-    V = drift_field(gen, pos, gen, 0.2, scale)
-    return (V / scale).square().mean()
-
-
 def test_decode_encode_drifts_nowhere_for_a_perfect_generator(teacher):
-    """G(z) = z of real latents drifts as little as real against real, if all were decoded."""
-    cfg = Config(device="cpu")
-    student, decoded, _, ours = ablation.prepare(teacher, "pixels", cfg)
-    _, real, _, _ = ablation.prepare(teacher, "teacher", cfg)
-    student.student.forward = lambda x, t, y: torch.zeros_like(x)
-    through = one_step(student, real, ours["labels"])
-    both = one = least = 0
+    """Real latents drift as little against others of their class as they do without decoding."""
+    _, rae, checkpoint = runs.open_teacher(teacher)
+    real = checkpoint["latents"].float()
+    decoded = rae.encode(rae.decode(real))
+    least = both = one = 0
     for c in range(0, 200, 20):                     # 20 of each class in turn
-        gen, pos = slice(c, c + 10), slice(c + 10, c + 20)
-        least += squared_drift(real[gen], real[pos])
-        both += squared_drift(through[gen], decoded[pos])
-        one += squared_drift(through[gen], real[pos])
+        gen, pos, none = slice(c, c + 10), slice(c + 10, c + 20), real[:0]
+        _, info = dr.latent_loss(real[gen], real[pos], none, CPU, None)
+        least += info["V_0.2"]**2
+        _, info = ablation.decode_encode_loss(real[gen], real[pos], none, CPU, None, rae)
+        both += info["V_0.2"]**2
+        _, info = dr.latent_loss(decoded[gen], real[pos], none, CPU, None)
+        one += info["V_0.2"]**2
     assert both < 1.3 * least, (both, least)
     assert one > 4 * least, (one, least)
+
+
+def test_the_gradient_field_trains_windows_too():
+    """With equal weights, the loss is that of dr.drift_loss over both sizes of windows."""
+    cfg = dr.Config(device="cpu", windows=(1, 2))
+    gen, pos, extra = torch.randn(3, 6, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    loss, info = runs.gradient_loss(gen, pos, extra, cfg, torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    expected = 0
+    for window in (1, 2):
+        parts = [dr.tokens(x, window) for x in (gen, pos, extra)]
+        one, one_info = dr.drift_loss(*parts, field=runs.gradient_field, generator=g)
+        expected += one.mean()
+    assert loss == expected
+    assert info["V_0.05"] == one_info["V_0.05"]

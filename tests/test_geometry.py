@@ -1,8 +1,8 @@
 """toy/geometry.py, toy/vae.py: statistics in closed form and naive loops, limits, the command."""
 import json
 import math
-import shutil
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 from drift_rae import ode_sample, one_step
-from toy import geometry, vae
+from toy import digits, geometry, runs, vae
 
 
 def numbers(row):
@@ -138,10 +138,21 @@ def test_divergence_is_that_of_two_gaussians():
     assert vae.divergence(mean, log_var).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_vae64_is_a_space_with_a_flow_and_comes_back_from_its_file(teacher, tmp_path):
-    checkpoint = torch.load(teacher, weights_only=True)
-    vae.make_vae64(tmp_path / "vae64.pt", checkpoint, steps=(11, 11))
-    flow, space = vae.read_vae64(tmp_path / "vae64.pt", checkpoint["labels"])
+@pytest.fixture
+def few(monkeypatch):
+    """20 digits per class, as many as the teacher has latents, and no worker processes."""
+    few = [x.unflatten(0, (10, 500))[:, :20].flatten(0, 1) for x in digits.load_digits()]
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+
+    def in_workers(work, jobs, workers):
+        return [(key, work(job)) for key, job in jobs.items()]
+
+    monkeypatch.setattr(runs, "in_workers", in_workers)
+
+
+def test_vae64_is_a_space_with_a_flow_and_comes_back_from_its_file(few, tmp_path):
+    vae.make_vae64(tmp_path / "vae64.pt", steps=(11, 11))
+    flow, space = vae.read_vae64(tmp_path / "vae64.pt")
     assert space.latents.mean(0).abs().max() < 1e-4
     assert (space.latents.var(0) - 1).abs().max() < 1e-4
     with torch.no_grad():
@@ -161,36 +172,30 @@ def test_a_path_of_the_flow_is_what_its_sampler_passes():
     assert torch.equal(path[-1], ode_sample(velocity, z, torch.zeros(3)))
 
 
-@pytest.fixture
-def out(teacher, tmp_path, monkeypatch):
-    shutil.copy(teacher, tmp_path)
+def test_the_command_continues_where_it_was(few, teacher, tmp_path, monkeypatch, capsys):
+    """Tiny, but all of it. At the next call nothing is done again."""
     monkeypatch.setitem(geometry.QUICK, "steps", (11, 11, 1))
     monkeypatch.setitem(geometry.QUICK, "dims", [4, 8, 16])
-    return tmp_path
-
-
-def test_the_command_goes_on_where_it_was(out, capsys):
-    """Tiny, but all of it, in its own processes; at its next call nothing is done again."""
-    flags = ["--out", str(out), "--quick"]
-    geometry.main(flags)
+    flags = ["--out", tmp_path, "--teacher", teacher, "--quick"]
+    helpers.run(*flags, main=geometry.main)
     table = capsys.readouterr().out
     for words in ("RAE-64", "VAE-64", "paper: RAE", "NN-d raw", "Fréchet, distilled", "posterior"):
         assert words in table
-    saved = json.loads((out / "geometry.json").read_text())
-    runs = saved["runs"].values()
-    assert {run["space"] for run in runs} == {"RAE-64", "VAE-64"}
-    for run in runs:
+    saved = json.loads((tmp_path / "geometry.json").read_text())
+    studies = saved["runs"].values()
+    assert {run["space"] for run in studies} == {"RAE-64", "VAE-64"}
+    for run in studies:
         assert np.shape(run["band"]) == (3, 48)
         assert "N(0, I)" in run["statistics"]
         assert len(run["methods"]) == 4
         assert all(row["fd"] > 0 for row in run["methods"].values())
-        run["path"]["κ"] = 12345.0              # would be lost, were it computed again
+        run["path"]["κ"] = 12345.0              # would be lost if it were computed again
     text = json.dumps(saved)
-    (out / "geometry.json").write_text(text)
-    geometry.main(flags)
+    (tmp_path / "geometry.json").write_text(text)
+    helpers.run(*flags, main=geometry.main)
     assert capsys.readouterr().out.count("12,345") == 2
-    assert (out / "geometry.json").read_text() == text
-    theorem = json.loads((out / "theorem1.json").read_text())
+    assert (tmp_path / "geometry.json").read_text() == text
+    theorem = json.loads((tmp_path / "theorem1.json").read_text())
     assert len(theorem) == 3 * len(geometry.SETTINGS)
     for name in ("theorem1.png", "curvature.png"):
-        assert Image.open(out / name).height >= 400
+        assert Image.open(tmp_path / name).height >= 400

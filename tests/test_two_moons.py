@@ -3,14 +3,14 @@ import json
 import math
 from functools import partial
 
+import helpers
 import pytest
 import torch
 from PIL import Image
 
-from drift_rae import command
 from toy import two_moons as tm
 
-MEASURES = set(tm.DIGITS)
+MEASURES = set(tm.DECIMALS)
 CELLS = [("concentrated", "drift-rae", 2), ("concentrated", "drift-rae", 3),
          ("scattered", "drift-rae", 2), ("scattered", "drift-rae", 3), ("scattered", "features", 3)]
 
@@ -113,16 +113,12 @@ def test_scattered_data_collapses_concentrated_data_and_features_do_not():
         assert row["effective_positives"] < collapsed["effective_positives"] / 2
 
 
-def run_command(out, *flags):
-    tm.main(["--out", str(out), *flags])
-    return json.loads((out / "two_moons.json").read_text())
-
-
 def test_command_writes_rows_pictures_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tm, "DIMS", (2, 3))
     monkeypatch.setattr(tm, "STEPS", 25)
     out = tmp_path / "a folder"
-    rows = run_command(out, "--seeds", "2")
+    helpers.run("--out", out, "--seeds", 2, main=tm.main)
+    rows = json.loads((out / "two_moons.json").read_text())
     cells = [(row["regime"], row["method"], row["dim"]) for row in rows]
     assert cells[::2] == CELLS
     assert cells[1::2] == CELLS
@@ -143,10 +139,8 @@ def test_command_writes_rows_pictures_and_table(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--colour red", "--seeds 0", "--seeds none"])
-def test_bad_flag_ends_before_anything_is_written(flags, tmp_path, capsys):
+def test_bad_flag_ends_before_anything_is_written(flags, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stop:
-        command(partial(tm.main, [*flags.split(), "--out", str(out)]))
-    assert stop.value.code
-    assert flags.split()[0] in f"{stop.value.code} {capsys.readouterr().err}"
+    said = helpers.refusal("--out", out, *flags.split(), main=tm.main)
+    assert flags.split()[0] in said
     assert not out.exists()
