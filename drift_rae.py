@@ -831,10 +831,12 @@ class ImageClasses(ImageFolder):
         """-> names of the subfolders, {name: number of its class}; torchvision calls this."""
         names, _ = super().find_classes(directory)
         names = [name for name in names if not name.startswith(".")]
+        if not names:
+            raise UserError(f"--data: {directory} has no folder of a class")
         numbers = {name: int(name) for name in names if name.isdecimal()}
         wordnet_ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
-        if len(names) == len(wordnet_ids) == self.num_classes:
-            numbers = {name: i for i, name in enumerate(names)}
+        if len(wordnet_ids) == self.num_classes:
+            numbers = {name: i for i, name in enumerate(wordnet_ids)}
         for name in names:
             if name not in numbers or numbers[name] >= self.num_classes:
                 raise UserError(
@@ -944,7 +946,7 @@ def load(path):
 
 def why_unreadable(path, error):
     """Say in words why torch.load failed."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         return error.strerror
     if str(path).endswith(".safetensors"):
         return "safetensors files are not read; convert it with torch.save"
@@ -994,9 +996,11 @@ def save(path, write):
             os.fsync(file.fileno())                          # on the disk, before the rename
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                 # torch.save raises RuntimeError
-        free = shutil.disk_usage(path.parent).free / 1e9
+        reason = str(error)
+        if path.parent.is_dir():
+            reason += f"; {shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free"
         kept = ", so the old file is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}{kept}: {error}; {free:.1f} GB are free") from error
+        raise UserError(f"cannot write {path}{kept}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1017,7 +1021,7 @@ def read_network(checkpoint, path):
     if not isinstance(weights, dict):
         raise UserError(f"{path} holds no state dict, but a {type(weights).__name__}")
     # DistributedDataParallel and torch.compile put prefixes before the keys.
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): x for key, x in weights.items()}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): x for key, x in weights.items()}
     return DiTDH.from_state_dict(weights, path).eval()
 
 
@@ -1030,7 +1034,8 @@ def load_autoencoder(checkpoint, path, models):
     """The RAE that our own checkpoints hold, or else the released one from the folder models."""
     if "rae" in checkpoint:
         saved = checkpoint["rae"]
-        require_keys(saved, ("encoder", "decoder", "mean", "var"), path)
+        require_keys(saved, ("encoder_args", "decoder_args", "encoder", "decoder", "mean", "var",
+                             "input_size", "sigmoid"), path)
         encoder = ViT(**saved["encoder_args"])
         decoder = Decoder(**saved["decoder_args"])
         load_weights(encoder, saved["encoder"], path)
@@ -1179,6 +1184,9 @@ def configure(given):
     path = Path(given.get("out", Config.out), "state.pt")
     state = load(path)
     require_keys(state, ("config", "student", "ema", "optimizer", "log"), path)
+    for name in state["config"]:
+        if name not in Config.__dataclass_fields__:
+            raise UserError(f"{path} was written by another version, which had the option {name}")
     # The run may continue on another machine: device and out are not taken from the file.
     here = {"device": Config.device, "out": Config.out}
     return Config(**(state["config"] | here | given)), state
@@ -1371,12 +1379,13 @@ def main(argv=None):
             if done < cfg.steps and done % cfg.save_every > 0:
                 continue
             if RANK == 0:
+                save_run(student, ema, optimizer, log, cfg)
                 if saved == 0:                               # remove what an older run left in OUT
                     for name in ("student.pt", "metrics.json"):
                         (out / name).unlink(missing_ok=True)
-                save_run(student, ema, optimizer, log, cfg)
-                save_grid(out / "samples.png", partial(one_step, ema), rae, classes[:10], 8, cfg)
             saved = done
+            if RANK == 0:
+                save_grid(out / "samples.png", partial(one_step, ema), rae, classes[:10], 8, cfg)
     except KeyboardInterrupt:
         advice = "nothing was saved"
         if saved > 0:

@@ -183,6 +183,12 @@ def test_ctrl_c_on_any_rank_tells_whether_something_was_saved(commands, tmp_path
     assert "nothing" not in said
 
 
+def test_ctrl_c_after_the_first_state_speaks_of_resuming(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(dr, "save_grid", Mock(side_effect=KeyboardInterrupt))
+    assert "--resume" in refusal(*commands["digits"], "--save-every", 1, "--out", tmp_path)
+    assert steps_saved(tmp_path) == 1
+
+
 def test_finished_runs_may_be_repeated_and_copied(begin, tmp_path):
     a = begin("a")
     b = shutil.copytree(a, tmp_path / "b", copy_function=shutil.copyfile)    # with new times
@@ -503,7 +509,6 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_others(broken, commands, t
         assert names(out) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="disk_usage of a missing folder: FileNotFoundError")
 def test_an_out_that_vanishes_ends_the_run_in_one_sentence(commands, tmp_path, monkeypatch):
     """Somebody removes the folder, or a network disk goes away."""
     out = tmp_path / "out"
