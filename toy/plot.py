@@ -166,7 +166,7 @@ def panels(images, rows):
         panel = note({title: "black"}, size, em)
         panel.paste(grid, (em // 2, 2 * em))
         done.append(panel)
-    return sheet(done, 3)
+    return sheet(done, 4)
 
 
 def note(lines, size, font=15):
