@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import helpers  # noqa: E402
-from toy import digits  # noqa: E402
+from toy import digits, runs  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's & makes all ignore it
 torch.set_num_threads(1)
@@ -118,3 +118,15 @@ def launch():
         if process.poll() is None:                           # it outlives its test
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """20 digits per class, as many as the teacher has latents, and no worker processes."""
+    few = [x.unflatten(0, (10, 500))[:, :20].flatten(0, 1) for x in digits.load_digits()]
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+
+    def in_workers(work, jobs, workers):
+        return [(key, work(job)) for key, job in jobs.items()]
+
+    monkeypatch.setattr(runs, "in_workers", in_workers)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 from drift_rae import ode_sample, one_step
-from toy import digits, geometry, runs, vae
+from toy import geometry, vae
 
 
 def numbers(row):
@@ -136,18 +136,6 @@ def test_divergence_is_that_of_two_gaussians():
     posterior = Normal(mean, (log_var / 2).exp())
     expected = kl_divergence(posterior, Normal(0.0, 1.0)).sum()
     assert vae.divergence(mean, log_var).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """20 digits per class, as many as the teacher has latents, and no worker processes."""
-    few = [x.unflatten(0, (10, 500))[:, :20].flatten(0, 1) for x in digits.load_digits()]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-
-    def in_workers(work, jobs, workers):
-        return [(key, work(job)) for key, job in jobs.items()]
-
-    monkeypatch.setattr(runs, "in_workers", in_workers)
 
 
 def test_vae64_is_a_space_with_a_flow_and_comes_back_from_its_file(few, tmp_path):

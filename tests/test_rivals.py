@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from drift_rae import DiTDH, ode_sample, one_step
-from toy import digits, rivals, runs, vae
+from toy import rivals, runs, vae
 
 
 @pytest.fixture
@@ -267,18 +267,6 @@ def test_a_method_spends_what_it_says_and_nearly_all_of_its_budget(method, teach
 
 
 # ---- The command
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """20 digits per class, as many as the teacher has latents, and no worker processes."""
-    few = [x.unflatten(0, (10, 500))[:, :20].flatten(0, 1) for x in digits.load_digits()]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-
-    def in_workers(work, jobs, workers):
-        return [(key, work(job)) for key, job in jobs.items()]
-
-    monkeypatch.setattr(runs, "in_workers", in_workers)
 
 
 def job_of_drifting(teacher, lr):
