@@ -141,8 +141,8 @@ PRESETS = {"digits": {}, "imagenet256": dict(
 
 def distances(x, y):
     """Euclidean distances between x [L,N,D] and y [L,M,D] -> [L,N,M]."""
-    x_squared = x.square().sum(-1).unsqueeze(2)              # [L,N,1]
-    y_squared = y.square().sum(-1).unsqueeze(1)              # [L,1,M]
+    x_squared = x.norm(dim=-1).square().unsqueeze(2)         # [L,N,1]
+    y_squared = y.norm(dim=-1).square().unsqueeze(1)         # [L,1,M]
     squared = x_squared + y_squared - 2 * x @ y.mT
     return squared.clamp(min=1e-8).sqrt()                    # rounding can make it negative
 
@@ -1372,6 +1372,10 @@ def main(argv=None):
         loss_function = variant_loss
     steps = distil(student, ema, optimizer, positives, cfg, len(log), loss_function)
     silent = True if RANK > 0 else None                      # None: silent without a terminal
+    if RANK == 0 and "judge" in checkpoint:
+        # A teacher of digits. toy/digits.py makes a film of the training, and the final report.
+        from toy import digits
+        steps = digits.film(steps, ema, rae, cfg, len(log))
     bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=silent)
     start = perf_counter()
     if log:
@@ -1388,7 +1392,7 @@ def main(argv=None):
             if RANK == 0:
                 save_run(student, ema, optimizer, log, cfg)
                 if saved == 0:                               # remove what an older run left in OUT
-                    for name in ("student.pt", "metrics.json"):
+                    for name in ("student.pt", "metrics.json", "training.gif"):
                         (out / name).unlink(missing_ok=True)
             saved = done
             if RANK == 0:
@@ -1405,9 +1409,8 @@ def main(argv=None):
         if "rae" in checkpoint:
             contents["rae"] = checkpoint["rae"]
         save(out / "student.pt", partial(torch.save, contents))
-        if "judge" in checkpoint:   # digits: toy/digits.py has a classifier that judges samples
-            from toy.digits import report
-            report(ema, rae, checkpoint, cfg, log, began)
+        if "judge" in checkpoint:
+            digits.report(ema, rae, checkpoint, cfg, log, began)
     if WORLD > 1:
         distributed.destroy_process_group()
 

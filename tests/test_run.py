@@ -60,12 +60,24 @@ def change(teacher, out):
 # ---- What a run leaves
 
 @pytest.mark.parametrize("kind,size,more", [
-    ("digits", None, {"metrics.json"}), ("images", (8 * 17 + 1, 3 * 17 + 1), set())])
+    ("digits", None, {"metrics.json", "training.gif"}), ("images", (8 * 17 + 1, 3 * 17 + 1), set())])
 def test_a_run_leaves_its_files(whole, kind, size, more):
     out = whole[kind]
     assert names(out) == {"student.pt", "state.pt", "samples.png", "log.csv"} | more
     picture = Image.open(out / "samples.png").size           # 16 pixels and a line per image
     assert picture == size if size else min(picture) > 8 * 28
+
+
+def test_the_film_begins_with_the_teacher_and_shows_the_training(whole):
+    """60 steps: a frame before them, after each of the first 20, and after every other one."""
+    with Image.open(whole["digits"] / "training.gif") as film:
+        assert film.n_frames == 1 + 20 + 20
+        frames = []
+        for i in (0, 1, 40):
+            film.seek(i)
+            frames.append(np.asarray(film.convert("L"), float))
+    first, second, last = frames
+    assert 0 < np.abs(second - first).mean() < np.abs(last - first).mean()
 
 
 def test_metrics_are_finite_and_say_which_run_they_belong_to(whole):

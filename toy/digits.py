@@ -32,7 +32,7 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drift_rae as dr  # noqa: E402
 from eval_fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
-from toy.plot import panels  # noqa: E402
+from toy.plot import note, panels, sheet, write_gif  # noqa: E402
 
 ENCODER = dict(img_size=28, patch_size=14, embed_dim=64, depth=3, num_heads=4, num_registers=4,
                mlp_ratio=4)
@@ -41,6 +41,7 @@ TEACHER = dict(input_size=2, in_channels=64, hidden_size=(96, 128), depth=(3, 1)
                num_classes=10)
 STEPS = (2000, 5000, 30000)     # of encoder, decoder and teacher
 GUIDANCE = 0.05                 # of the report's last row
+EIGHTY = torch.arange(10).repeat_interleave(8)      # the classes of the digits in the pictures
 
 
 def load_digits():
@@ -239,8 +240,43 @@ class Metrics:
                 "label_accuracy": accuracy.item(), "nearest_real": (nearest / self.spacing).item()}
 
 
+def film(steps, ema, rae, cfg, first_step):
+    """Yield what `steps` yields; at the end, write OUT/training.gif, a film of the student.
+
+    Its frames show the digits that the student makes of the same 80 noises: before the training,
+    when the student is still the teacher, after each of the first 20 steps, which change most, and
+    then after every few steps. The film of a resumed run begins where it was resumed.
+    """
+    def look(step):
+        images = dr.generate(partial(dr.one_step, ema), rae, EIGHTY, cfg)
+        return panels({f"one evaluation, after {step} training steps": images}, rows=5)
+
+    frames = [look(first_step)]
+    every = max(1, cfg.steps // 30)
+    for step, log in steps:
+        yield step, log
+        done = step + 1
+        if done <= 20 or done % every == 0 or done == cfg.steps:
+            frames.append(look(done))
+    if len(frames) > 1:
+        dr.save(Path(cfg.out, "training.gif"), partial(write_gif, frames=frames))
+
+
 TITLES = {"real": "real digits", "teacher_1step": "teacher, 1 evaluation",
           "teacher_50step": "teacher, 49 evaluations", "student_1step": "student, 1 evaluation"}
+
+
+def draw_samples(rows, samplers, real, rae, cfg):
+    """Real digits, and those of the models, which all start from the same 80 noises."""
+    shown = {}
+    for name, title in TITLES.items():
+        images = real
+        if name in samplers:
+            images = dr.generate(samplers[name], rae, EIGHTY, cfg)
+        shown[f"{title}\ndistance {rows[name]['fd']:.2f}"] = images
+    picture = panels(shown, rows=10)
+    words = {"The last three panels start from the same noise, digit by digit.": "black"}
+    return sheet([picture, note(words, (picture.width, 60), 30)], 1)
 
 
 def report(student, rae, checkpoint, cfg, log, began):
@@ -258,18 +294,16 @@ def report(student, rae, checkpoint, cfg, log, began):
                 "student_guided": partial(dr.one_step, dr.guide(student, GUIDANCE))}
     labels = measure.labels
     rebuilt = dr.to_uint8(rae.decode(dr.encode(rae, measure.images, cfg)))
-    images = {"real": measure.images, "reconstruction": rebuilt}
     rows = {"real": measure(*measure.others), "reconstruction": measure(rebuilt, labels)}
     for name, sampler in samplers.items():
         dr.generate(sampler, rae, labels[:cfg.batch_size], cfg)     # warm up, before the clock
         start = time.perf_counter()
-        images[name] = dr.generate(sampler, rae, labels, cfg)
+        images = dr.generate(sampler, rae, labels, cfg)
         seconds = time.perf_counter() - start
-        rows[name] = measure(images[name], labels) | {"seconds_per_image": seconds / len(labels)}
+        rows[name] = measure(images, labels) | {"seconds_per_image": seconds / len(labels)}
 
-    eight = torch.cat([torch.nonzero(labels == c)[:8, 0] for c in range(10)])   # of each class
-    titles = {title: name for name, title in TITLES.items()}
-    picture = panels({title: images[name][eight] for title, name in titles.items()}, rows=10)
+    eight = measure.images.unflatten(0, (10, -1))[:, :8].flatten(0, 1)      # of each class
+    picture = draw_samples(rows, samplers, eight, rae, cfg)
     dr.save(out / "samples.png", partial(picture.save, format="PNG"))
     seconds = {"distil": log[-1]["seconds"], "total": time.perf_counter() - began}
     everything = rows | {"config": vars(cfg), "seed": cfg.seed, "seconds": seconds,
@@ -277,7 +311,15 @@ def report(student, rae, checkpoint, cfg, log, began):
     text = json.dumps(everything, indent=1)
     dr.save(out / "metrics.json", lambda file: file.write(text.encode()))
     print_table(rows)
-    print(f"\nwritten to {out}: samples.png, metrics.json, student.pt ({seconds['total']:.0f} s)")
+    print(f"\nwritten to {out}: samples.png, training.gif, metrics.json, student.pt "
+          f"({seconds['total']:.0f} s)")
+
+
+DECIMALS = {"fd": 2, "precision": 3, "recall": 3, "label_accuracy": 3, "nearest_real": 2}
+ROWS = {"real": "real digits, the other half", "reconstruction": "real digits, through the RAE",
+        "teacher_1step": "teacher, 1 evaluation", "teacher_50step": "teacher, 49 evaluations",
+        "student_1step": "**student, 1 evaluation**",
+        "student_guided": "student, guidance 0.05, 1 evaluation"}
 
 
 def print_table(rows):
@@ -285,11 +327,28 @@ def print_table(rows):
     print("\n                  Fréchet    prec.   recall    label  nearest ms/image")
     for name, row in rows.items():
         line = f"{name:16}"
-        for metric in ("fd", "precision", "recall", "label_accuracy", "nearest_real"):
+        for metric in DECIMALS:
             line += f" {row[metric]:8.3f}"
         if "seconds_per_image" in row:
             milliseconds = 1e3 * row["seconds_per_image"]
             line += f" {milliseconds:8.3f}"
+        print(line)
+
+
+def print_seeds(pattern):
+    """Print means over the metrics.json of several seeds, as a table in Markdown."""
+    paths = sorted(Path(__file__).with_name("results").glob(pattern))
+    seeds = [json.loads(path.read_text()) for path in paths]
+    print("| | distance ↓ | precision | recall | label accuracy | nearest |")
+    print("|---|---|---|---|---|---|")
+    for name, title in ROWS.items():
+        line = f"| {title} |"
+        for metric, digits in DECIMALS.items():
+            values = np.array([rows[name][metric] for rows in seeds])
+            line += f" {values.mean():.{digits}f}"
+            if values.std() > 0:
+                line += f" ± {values.std(ddof=1):.{digits}f}"
+            line += " |"
         print(line)
 
 

@@ -10,6 +10,7 @@
     panels({title: uint8 [n,H,W,3]}, rows)   an image: for each title its tiles as a grid
     note({text: colour}, size)               an image: lines of text
     sheet([image, …], abreast)               an image: `abreast` images per row
+    write_gif(file, [image, …])              a film of images
 
 x and y are arrays, lists, CPU tensors or numbers. NaN is left out, and what is out of range lies on
 the edge. As ticks, Axes takes {value: name}, and {} for none; as legend, {text: colour}. Sizes are
@@ -161,10 +162,11 @@ def panels(images, rows):
         grid = make_grid(tiles, across, padding=1, pad_value=150)
         grid = grid.permute(1, 2, 0).numpy()
         grid = ImageOps.scale(Image.fromarray(grid), 2, Image.NEAREST)
-        em = max(15, grid.width // 18)
-        size = grid.width + em, grid.height + 3 * em
-        panel = note({title: "black"}, size, em)
-        panel.paste(grid, (em // 2, 2 * em))
+        em = min(28, max(15, grid.width // 18))
+        head = round(em * (0.7 + 1.5 * (1 + title.count("\n"))))
+        size = grid.width + em, grid.height + head + em
+        panel = note(dict.fromkeys(title.splitlines(), "black"), size, em)
+        panel.paste(grid, (em // 2, head))
         done.append(panel)
     return sheet(done, 4)
 
@@ -179,6 +181,13 @@ def note(lines, size, font=15):
         draw.text((font / 2, middle), text, colour, face, "lm")
         middle += 1.5 * font
     return image
+
+
+def write_gif(file, frames, milliseconds=120):
+    """frames: images. The last one stays for 2.5 seconds."""
+    times = [milliseconds] * (len(frames) - 1) + [2500]
+    first, *others = [frame.quantize(16) for frame in frames]
+    first.save(file, format="GIF", append_images=others, save_all=True, duration=times, loop=0)
 
 
 def sheet(images, abreast):
