@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+import drift_rae as dr
+from toy import runs
 from toy import two_moons as tm
 
-MEASURES = set(tm.DECIMALS)
+MEASURES = {"energy_distance", "energy_floor", "spread_ratio", "attraction", "effective_positives"}
 CELLS = [("concentrated", "drift-rae", 2), ("concentrated", "drift-rae", 3),
-         ("scattered", "drift-rae", 2), ("scattered", "drift-rae", 3), ("scattered", "features", 3)]
+         ("scattered", "drift-rae", 2), ("scattered", "drift-rae", 3),
+         ("scattered", "features", 3), ("scattered", "projection", 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +93,49 @@ def test_attraction_equals_a_naive_loop():
     assert count.item() == pytest.approx(expected_count, abs=1e-4)
 
 
-def test_training_sees_the_first_coordinates_alone():
+def test_pull_and_push_add_up_to_the_drift():
+    x = torch.randn(6, 3)
+    pos = torch.randn(8, 3)
+    pull, push = tm.pull_and_push(x, pos, 0.7)
+    V = dr.drift_field(x[None], pos[None], x[None], 0.7)[0]
+    assert torch.allclose(pull + push, V, atol=1e-5)
+    # Without a choice, the pull leads all the way to the one positive.
+    pull, _ = tm.pull_and_push(x, pos[:1], 0.7)
+    assert torch.allclose(x + pull, pos[:1].expand(6, 3), atol=1e-5)
+
+
+def test_pull_and_push_use_the_scale_of_the_loss():
+    x = torch.randn(6, 3)
+    pos = torch.randn(8, 3)
+    _, info = dr.drift_loss(x[None], pos[None])
+    assert tm.mean_distance(x, pos).item() == pytest.approx(info["scale"].item(), rel=1e-3)
+
+
+def test_projection_keeps_a_plane():
+    points = torch.randn(5, 40)
+    see = tm.make_view("projection", 40)
+    seen = see(points)
+    basis = see(torch.eye(40))                              # [D,2]
+    assert torch.allclose(basis.T @ basis, torch.eye(2), atol=1e-5)
+    assert torch.allclose(see(seen @ basis.T), seen, atol=1e-5)     # a point of the plane stays
+
+
+def test_features_train_the_first_two_coordinates_alone():
     data = partial(tm.sample_data, "scattered", 6)
     generator = tm.make_generator(data)
     before = generator[-1].weight.clone()
-    steps = list(tm.train(generator, data, seen=2, steps=3))
+    see = tm.make_view("features", 6)
+    steps = list(tm.train(generator, data, see, steps=3))
     moved = (generator[-1].weight != before).any(1)
     assert steps == [0, 1, 2, 3]
     assert moved.tolist() == [True, True, False, False, False, False]
 
 
-def test_scattered_data_collapses_concentrated_data_and_features_do_not():
+def test_scattered_data_collapses_but_concentrated_data_and_features_do_not():
     collapsed = row_of("scattered", "drift-rae", 128, steps=200)
     concentrated = row_of("concentrated", "drift-rae", 128, steps=200)
     features = row_of("scattered", "features", 128, steps=200)
+    projection = row_of("scattered", "projection", 128, steps=200)
     assert collapsed["spread_ratio"] < 0.6
     assert collapsed["attraction"] < 0.3
     for row in (concentrated, features):
@@ -111,31 +143,53 @@ def test_scattered_data_collapses_concentrated_data_and_features_do_not():
         assert row["attraction"] > 0.7
         assert row["energy_distance"] < collapsed["energy_distance"] / 10
         assert row["effective_positives"] < collapsed["effective_positives"] / 2
+    # Two wrong dimensions: the pull is as strong as with the features, the moons are not learnt.
+    assert projection["attraction"] > 0.7
+    assert projection["effective_positives"] < collapsed["effective_positives"] / 2
+    assert projection["energy_distance"] > 10 * features["energy_distance"]
 
 
 def test_command_writes_rows_pictures_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tm, "DIMS", (2, 3))
-    monkeypatch.setattr(tm, "STEPS", 25)
+    monkeypatch.setattr(tm, "STEPS", tm.FRAMES)
     out = tmp_path / "a folder"
     helpers.run("--out", out, "--seeds", 2, main=tm.main)
     rows = json.loads((out / "two_moons.json").read_text())
     cells = [(row["regime"], row["method"], row["dim"]) for row in rows]
     assert cells[::2] == CELLS
     assert cells[1::2] == CELLS
-    assert [row["seed"] for row in rows] == 5 * [0, 1]
+    assert [row["seed"] for row in rows] == 6 * [0, 1]
     assert all(math.isfinite(row[name]) for row in rows for name in MEASURES)
-    again = row_of("scattered", "drift-rae", 3, 25, seed=1)     # here, not in a worker
+    again = row_of("scattered", "drift-rae", 3, tm.FRAMES, seed=1)     # here, not in a worker
     assert rows[7] == again
     assert rows[6] != rows[7]
     table = capsys.readouterr().out
-    assert table.count("scattered") == 3
-    assert table.count("±") == 5 * len(MEASURES)
+    assert table.count("scattered") == 4
+    assert table.count("±") == 6 * len(tm.COLUMNS)
     with Image.open(out / "two_moons.png") as png:
-        assert png.width == 1200
+        assert png.size == (2 * 300, 4 * 360)
+    with Image.open(out / "drift.png") as png:
+        assert png.size == (720, 520)
     with Image.open(out / "two_moons.gif") as gif:
         assert gif.n_frames == tm.FRAMES + 1
-        assert gif.width == 3 * 240
-    assert len(list(out.iterdir())) == 3                    # no temporary file is left
+        assert gif.width == 3 * tm.PANEL["size"][0]
+    assert len(list(out.iterdir())) == 4                    # no temporary file is left
+
+
+def test_show_prints_the_table_of_a_file_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    row = {"regime": "scattered", "dim": 512, "method": "features", "energy_floor": 0.0018,
+           "energy_distance": 0.00251, "attraction": 0.95, "effective_positives": 15.2}
+    rows = [row | {"seed": 0, "spread_ratio": 0.9}, row | {"seed": 1, "spread_ratio": 1.1}]
+    (tmp_path / "two_moons.json").write_text(json.dumps(rows))
+    helpers.run("--show", main=tm.main)
+    header, _, line = capsys.readouterr().out.strip().splitlines()
+    assert header == ("| data | loss sees | D | energy distance ↓ | spread | pull "
+                      "| positives that count |")
+    assert line == ("| scattered | features (oracle) | 512 | 0.0025 ± 0.0000 | 1.00 ± 0.14 "
+                    "| 0.95 ± 0.00 | 15 ± 0 |")
+    assert len(list(tmp_path.iterdir())) == 1               # no folder out/
 
 
 @pytest.mark.parametrize("flags", ["--colour red", "--seeds 0", "--seeds none"])

@@ -1,23 +1,35 @@
 """Where drifting works and where it collapses: two moons hidden in R^D.
 
-    python toy/two_moons.py [--out out] [--seeds 1] [--quick]   a table; two_moons.json, .png, .gif
+    python toy/two_moons.py [--out out] [--seeds 1] [--quick]       drift.png, two_moons.*, a table
+    python toy/two_moons.py --show     run nothing: print the table of toy/results/two_moons.json
 
-A small network makes points of R^D from 8 random numbers and is trained with drift_loss. Two
-coordinates of the data are the moons, with variance 1 each. The others are noise, with variance
-0.2/D each in the concentrated regime and 1 each in the scattered one. The loss sees all of R^D.
-The spread is the standard deviation of the samples in the plane of the moons, divided by that of
-the data: 1 is right, 0 is a collapse. Its means over three seeds are
+The first picture to look at is OUT/drift.png. It explains the drift V: every generated point is
+pulled towards the real points around it and pushed away from the other generated points.
+
+A small network makes points of R^D from 8 random numbers and is trained with drift_loss, which sees
+all of R^D. Two coordinates of the data are the moons, with variance 1 each. The others are noise,
+with variance 0.2/D each in the concentrated regime and 1 each in the scattered one. The spread is
+the standard deviation of the samples in the plane of the moons, divided by that of the data: 1 is
+right, 0 is a collapse. Its means over three seeds are
 
     D                2     32    128    512
     concentrated   1.00   0.99   0.97   0.97
     scattered      1.00   1.00   0.32   0.03
 
-Theorem 1 of the paper (§3.2) says why. Scattered points are all about equally far apart, so the
-softmax gives a similar weight w to many positives y, and the attraction pulls every sample to
-nearly the same point Σ w·y, the mean of all data. The remedy is a loss on features that concentrate
-the data. Here we simply take the moons' own coordinates: the spread at D = 512 is then 1.00.
+Concentrated data is learnt at every D. Scattered data is not: at D = 32 the samples spread but miss
+the moons, at D = 128 they collapse to a line that depends on the start, and at D = 512 nearly to a
+point. Theorem 1 of the paper (§3.2) says why. Scattered points are all about equally far apart, so
+the softmax gives a similar weight w to many positives y (real points), and every sample is pulled
+to nearly the same point Σ w·y, the mean of all data.
+
+The remedy is a space that concentrates the data. Two runs on scattered data at D = 512 show what
+that means. In "features" the loss sees the moons' own two coordinates, and the moons are learnt.
+These features are an oracle: they show that the space is the cause, not how to find a good one. In
+"projection" the loss sees a random plane of R^D, and the moons are not learnt. Few dimensions alone
+do not help: they must be the right ones.
 """
 import argparse
+import json
 import math
 import sys
 from functools import partial
@@ -70,18 +82,28 @@ def make_generator(data):
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
 
 
-def train(generator, data, seen, steps):
+def make_view(method, dim):
+    """-> a function that maps points [n,D] to what the loss sees of them."""
+    if method == "features":                                # the moons' own coordinates: an oracle
+        return lambda points: points[:, :2]
+    if method == "projection":                              # onto a random plane
+        basis, _ = torch.linalg.qr(torch.randn(dim, 2))     # [D,2], orthonormal columns
+        return lambda points: points @ basis
+    return lambda points: points
+
+
+def train(generator, data, see, steps):
     """Train the generator; yield the number of steps that are done, from 0 to `steps`.
 
-    data(n) gives [n,D]; the loss sees the first `seen` coordinates.
+    data(n) gives [n,D]; the loss sees see(points).
     """
     optimizer = torch.optim.Adam(generator.parameters(), lr=8e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, steps)
     for step in range(steps):
         yield step
         z = torch.randn(BATCH, 8)
-        gen = generator(z)[:, :seen]                        # [N,seen]
-        pos = data(BATCH)[:, :seen]                         # [P,seen]
+        gen = see(generator(z))                             # [N,D], or [N,2]
+        pos = see(data(BATCH))                              # [P,D], or [P,2]
         loss, _ = dr.drift_loss(gen[None], pos[None])       # one token: L = 1
         optimizer.zero_grad()
         loss.mean().backward()
@@ -94,8 +116,6 @@ def train(generator, data, seen, steps):
 
 REPEATS, POINTS = 16, 2000          # the energy distance is a mean over 16 draws of 2,000 points
 TEMPERATURES = torch.tensor([0.02, 0.05, 0.2]).view(3, 1, 1)    # of drift_loss: [T,1,1]
-DECIMALS = {"energy_distance": 4, "energy_floor": 4, "spread_ratio": 2, "attraction": 2,
-            "effective_positives": 0}
 
 
 def distance(x, y):
@@ -106,12 +126,30 @@ def energy_distance(x, y):
     return 2 * distance(x, y) - distance(x, x) - distance(y, y)
 
 
+def mean_distance(x, pos):
+    """S of drift_loss: the mean distance from the points x to x and to the positives."""
+    return distance(x, torch.cat([x, pos]))
+
+
+def pull_and_push(x, pos, tau):
+    """The two halves of the drift V = pull + push of Eq. (11), at the generated points x [N,D].
+
+    A point moves by `pull` to a weighted mean of the positives pos [P,D], in which near ones count
+    most. It moves by `push` away from such a mean of the other generated points.
+    """
+    to_pos = torch.cdist(x, pos)                            # [N,P]
+    to_gen = torch.cdist(x, x).fill_diagonal_(torch.inf)    # [N,N]; no point pushes itself
+    w_pos = (-to_pos / tau).softmax(-1)
+    w_gen = (-to_gen / tau).softmax(-1)
+    return w_pos @ pos - x, x - w_gen @ x
+
+
 def attraction(x, pos):
     """Two means over the queries x and the temperatures, for the softmax weights w of Eq. (11).
 
     -> the length of Σ w·y, divided by that of the positives y; how many y count, 1/Σw².
     """
-    scale = distance(x, torch.cat([x, pos]))                # S, as in drift_loss
+    scale = mean_distance(x, pos)
     logits = -torch.cdist(x, pos) / (scale * TEMPERATURES)  # [T,N,P]
     weights = logits.softmax(-1)
     centre = weights @ pos                                  # [T,N,D]
@@ -121,45 +159,92 @@ def attraction(x, pos):
 
 
 @torch.no_grad()
-def measure(generator, data, seen):
+def measure(generator, data, see):
     """Energy distance and spread of the samples, in the plane of the moons. The other numbers
-    describe the data alone: the energy distance between two draws (the floor), the attraction."""
+    describe the data alone: the energy distance between two draws of the data (the floor), and the
+    attraction in the space that the loss sees."""
     z = torch.randn(REPEATS, POINTS, 8)
     x = generator(z)[..., :2]
     y = data(REPEATS * POINTS)[:, :2].view_as(x)
     row = {"energy_distance": energy_distance(x, y)}
     row["energy_floor"] = 2 * distance(y, y) / POINTS
     row["spread_ratio"] = x.std(1).mean() / y.std(1).mean()
-    query, pos = data(2 * BATCH)[:, :seen].split(BATCH)
+    query, pos = see(data(2 * BATCH)).split(BATCH)
     row["attraction"], row["effective_positives"] = attraction(query, pos)
-    return {name: value.item() for name, value in row.items()}
+    return {name: round(value.item(), 5) for name, value in row.items()}
 
 
 # ---- The pictures
 
 CASES = {("concentrated", "drift-rae"): plot.COLOURS[0],    # regime and method: colour
          ("scattered", "drift-rae"): plot.COLOURS[1],
-         ("scattered", "features"): plot.COLOURS[2]}
-FRAMES = 25                     # of the GIF, without the first
-SHOWN, ARROWS = 500, 40         # points and arrows of a panel
-PANEL = {"x_ticks": {}, "y_ticks": {}, "size": (240, 290), "right": 8}
-CHART = {"x_log": True, "x_ticks": {dim: str(dim) for dim in DIMS}, "size": (600, 300)}
-LEGEND = {"grey: the data": "black", "drift-rae: the loss sees R^D": "black",
-          "features: it sees the moons": plot.COLOURS[2], "arrows: V of Eq. (11)": "black",
-          "spread: 1 is right, 0 a collapse": "black"}
+         ("scattered", "features"): plot.COLOURS[2],
+         ("scattered", "projection"): plot.COLOURS[3]}
+SEES = {"drift-rae": "all of R^D", "features": "features (oracle)", "projection": "random plane"}
+GREY, PALE = "#c0c0c0", "#b9cdee"
+FRAMES = 15                     # of the GIF, without the first
+SHOWN = 500                     # points of a panel
+PANEL = {"x_ticks": {}, "y_ticks": {}, "size": (300, 360), "right": 8}
+CHART = {"x_log": True, "x_ticks": {dim: str(dim) for dim in DIMS}, "size": (300, 360)}
+LEGEND = {"grey: real points": "#808080",
+          "concentrated: the noise is narrow,": plot.COLOURS[0],
+          "    of variance 0.2/D per coordinate": plot.COLOURS[0],
+          "scattered: the noise is as wide": plot.COLOURS[1],
+          "    as the moons, of variance 1": plot.COLOURS[1],
+          "features (oracle): the loss sees": plot.COLOURS[2],
+          "    only the moons' two coordinates": plot.COLOURS[2],
+          "random plane: the loss sees two": plot.COLOURS[3],
+          "    dimensions, but the wrong ones": plot.COLOURS[3],
+          "spread: 1 is right, 0 is a collapse": "black"}
+# The picture of the drift
+PULL, PUSH, BOTH = plot.COLOURS[2], plot.COLOURS[1], "#000000"
+DRIFT_AXES = {"title": "Before training: where a dozen generated points should move\n ",
+              "x_label": "grey: real points, blue: generated points; kernel temperature: 0.2 S",
+              "y_label": "", "x": (-3.8, 3.8), "y": (-2.1, 2.75), "x_ticks": {}, "y_ticks": {},
+              "size": (720, 520),
+              "legend": {"pull to the real points": PULL, "push from the generated points": PUSH,
+                         "V = pull + push": BOTH}}
 
 
-def panel(gen, pos, colour, title):
-    """The plane of the moons, in standard deviations of the data, with V at the widest τ."""
-    scale = distance(gen, torch.cat([gen, pos]))
-    V = dr.drift_field(gen[None], pos[None], gen[None], 0.2 * scale)[0]
-    title += f", spread {gen[:, :2].std(0).mean():.2f}"
+def arrow(axes, tail, move, colour):
+    """A thick arrow from the point tail [2] to tail + move."""
+    tip = tail + move
+    along = 0.15 * move / move.norm()
+    across = along.flip(0) * torch.tensor([-0.4, 0.4])      # at a right angle to the arrow
+    base = tip - along
+    shaft = torch.stack([tail, base])
+    head = torch.stack([tip, base + across, base - across])
+    axes.draw.line(axes.pixels(*shaft.T), colour, 6)
+    axes.draw.polygon(axes.pixels(*head.T), colour)
+
+
+def draw_drift():
+    """The drift of a dozen generated points before training, at D = 2."""
+    torch.manual_seed(4)            # here the first samples miss a moon, and the drift shows where
+    generator = make_generator(moons)
+    gen = generator(torch.randn(BATCH, 8)).detach()         # [N,2]
+    pos = moons(BATCH)                                      # [P,2]
+    pull, push = pull_and_push(gen, pos, 0.2 * mean_distance(gen, pos))
+    axes = plot.Axes(**DRIFT_AXES)
+    axes.points(*pos.T, GREY)
+    axes.points(*gen.T, PALE)
+    columns = torch.linspace(-2, 2, 4)
+    rows = torch.linspace(-1.2, 1.2, 3)
+    places = torch.cartesian_prod(columns, rows)            # [12,2]
+    nearest = torch.cdist(places, gen).argmin(1)            # [12], the point next to each place
+    for i in nearest:
+        arrow(axes, gen[i], pull[i], PULL)
+        arrow(axes, gen[i], push[i], PUSH)
+        arrow(axes, gen[i], pull[i] + push[i], BOTH)
+        axes.points(*gen[i], plot.COLOURS[0], radius=6)
+    return axes.image()
+
+
+def panel(gen, real, colour, title):
+    """The plane of the moons, in standard deviations of the data."""
     axes = plot.Axes(title, "", "", (-3, 3), (-3, 3), **PANEL)
-    axes.points(*pos[:, :2].T, "#c0c0c0", radius=2)
-    axes.points(*gen[:, :2].T, colour, radius=2)
-    x, y = gen[:ARROWS, :2].T
-    dx, dy = V[:ARROWS, :2].T
-    axes.arrows(x, y, dx, dy)
+    axes.points(*real.T, GREY, radius=2)
+    axes.points(*gen.T, colour, radius=2)
     return axes.image()
 
 
@@ -171,47 +256,70 @@ def chart(title, rows, name, top):
         dims = [row["dim"] for row in same]
         values = [row[name] for row in same]
         axes.line(dims, values, colour)
-        axes.points(dims, values, colour)
+        # At D = 512 the dot of the projection lies on that of the features, which is larger.
+        radius = 7 if "features" in case else 4
+        axes.points(dims, values, colour, radius)
     return axes.image()
 
 
 def draw_png(rows, films):
-    """The last panel of every run; below them the charts of the cause."""
+    """The last panel of every run, and two charts of the cause."""
     images = [film[-1] for film in films]
-    images.insert(len(DIMS), plot.note(LEGEND, images[0].size))     # at the end of the first row
-    length = chart("why: how far the attraction leads, |Σw·y| / |y|", rows, "attraction", 1.1)
-    count = chart("why: how many of 192 positives count", rows, "effective_positives", BATCH)
-    ends = plot.sheet(images, len(DIMS) + 1)
-    causes = plot.sheet([length, count], 2)
-    return plot.sheet([ends, causes], 1)
+    # At D = 2 both regimes are one. The legend takes the place of the second picture of it.
+    images[len(DIMS)] = plot.note(LEGEND, images[0].size)
+    title = "why: how far the pull leads\n(1: as far as the data lies,\n0: nowhere)"
+    images.append(chart(title, rows, "attraction", 1.1))
+    title = "why: how many of the\n192 positives count\n(192: the pull leads to the mean)"
+    images.append(chart(title, rows, "effective_positives", BATCH))
+    return plot.sheet(images, len(DIMS))
 
 
 def save_gif(path, frames):
     times = [120] * (len(frames) - 1) + [2500]              # milliseconds: the last frame stays
-    dr.save(path, partial(frames[0].save, format="GIF", append_images=frames[1:], save_all=True,
-                          duration=times, loop=0))
+    first, *others = frames
+    write = partial(first.save, format="GIF", append_images=others, save_all=True, loop=0)
+    dr.save(path, partial(write, duration=times))
 
 
 # ---- The command
 
+# Of the JSON's numbers: the column of the table, and its decimals.
+COLUMNS = {"energy_distance": ("energy distance ↓", 4), "spread_ratio": ("spread", 2),
+           "attraction": ("pull", 2), "effective_positives": ("positives that count", 0)}
+
+
+def print_rows(rows):
+    """Print a line per regime, method and D, with means over the seeds."""
+    table = []
+    for row in rows:
+        line = {"data": row["regime"], "loss sees": SEES[row["method"]], "D": row["dim"]}
+        for name, (column, _) in COLUMNS.items():
+            line[column] = row[name]
+        table.append(line)
+    runs.print_means(table, ["data", "loss sees", "D"], dict(COLUMNS.values()))
+
 
 def run(job):
-    """Train one generator -> its row of two_moons.json, and its film, which is a list of panels."""
+    """Train one generator -> its row of two_moons.json, and its film, a list of panels."""
     regime, method, dim, seed, steps = job
     torch.manual_seed(seed)
     data = partial(sample_data, regime, dim)
     generator = make_generator(data)
-    seen = 2 if method == "features" else dim               # the moons' own coordinates, or all
-    pos = data(SHOWN)[:, :seen]
+    see = make_view(method, dim)
+    real = data(SHOWN)[:, :2]                               # in the plane of the moons
     z = torch.randn(SHOWN, 8)
+    name = regime if dim > 2 else "both regimes"
     film = []
-    for step in train(generator, data, seen, steps):
-        if step % (steps // FRAMES) == 0:
-            gen = generator(z)[:, :seen].detach()
-            title = f"{regime}, {method}, D = {dim}\nstep {step:,}"
-            film.append(panel(gen, pos, CASES[regime, method], title))
+    for step in train(generator, data, see, steps):
+        # The pictures show seed 0 alone.
+        if seed == 0 and step % (steps // FRAMES) == 0:
+            gen = generator(z)[:, :2].detach()
+            spread = gen.std(0).mean()
+            title = (f"{name}, D = {dim}\nloss sees: {SEES[method]}\n"
+                     f"step {step:,}, spread {spread:.2f}")
+            film.append(panel(gen, real, CASES[regime, method], title))
     row = {"regime": regime, "dim": dim, "seed": seed, "method": method}
-    return row | measure(generator, data, seen), film
+    return row | measure(generator, data, see), film
 
 
 def main(argv=None):
@@ -219,14 +327,19 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="out", help="folder (default: out)")
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, … (default: 1)")
     parser.add_argument("--quick", action="store_true", help="an eighth of the steps")
+    parser.add_argument("--show", action="store_true",
+                        help="run nothing: print the table of toy/results/two_moons.json")
     args = parser.parse_args(argv)
+    if args.show:
+        print_rows(json.loads((runs.RESULTS / "two_moons.json").read_text()))
+        return
     if args.seeds < 1:
         raise dr.UserError("--seeds must be at least 1")
     dr.make_folder(args.out)
     steps = STEPS // 8 if args.quick else STEPS
     cases = [("concentrated", "drift-rae", dim) for dim in DIMS]
     cases += [("scattered", "drift-rae", dim) for dim in DIMS]
-    cases.append(("scattered", "features", DIMS[-1]))
+    cases += [("scattered", method, DIMS[-1]) for method in ("features", "projection")]
     jobs = {}
     for case in cases:
         for seed in range(args.seeds):
@@ -234,13 +347,15 @@ def main(argv=None):
     done = dict(runs.in_workers(run, jobs))
     rows, films = zip(*[done[key] for key in jobs])         # in the order of the jobs
     runs.save_json(args.out / "two_moons.json", rows)
-    # The pictures show seed 0, which comes first for every case.
+    runs.save_png(args.out / "drift.png", draw_drift())
+    # Seed 0 comes first for every case.
     rows_0, films_0 = rows[::args.seeds], films[::args.seeds]
-    runs.save_png(args.out / "two_moons.png", draw_png(rows_0, films_0).quantize(64))
+    runs.save_png(args.out / "two_moons.png", draw_png(rows_0, films_0).quantize(256))
     widest = [film for row, film in zip(rows_0, films_0) if row["dim"] == DIMS[-1]]
-    frames = [plot.sheet(panels, 3).quantize(64) for panels in zip(*widest)]
+    # The GIF has room for three films: it leaves out the last one, of the projection.
+    frames = [plot.sheet(panels, 3).quantize(64) for panels in zip(*widest[:3])]
     save_gif(args.out / "two_moons.gif", frames)
-    runs.print_means(rows, ["regime", "method", "dim"], DECIMALS)
+    print_rows(rows)
 
 
 if __name__ == "__main__":
