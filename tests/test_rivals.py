@@ -1,17 +1,21 @@
 """toy/rivals.py: losses vanish where theory says so, budgets are counted, the script continues."""
 import json
 import math
-from functools import partial
 from unittest.mock import Mock
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+import drift_rae as dr
 from drift_rae import DiTDH, ode_sample, one_step
-from toy import rivals, runs, vae
+from toy import rivals, runs
+
+CPU = dr.Config(device="cpu")
+TRAINED = [name for name in rivals.METHODS if name in rivals.RATES]
 
 
 @pytest.fixture
@@ -52,73 +56,75 @@ def gradient(loss, net):
 
 def test_regression_is_zero_at_its_pairs(net, data):
     _, y, z = data
-    points = torch.stack([z, one_step(net, z, y).detach()], 1)
-    times = torch.tensor([1.0, 0.0])
-    model = rivals.Points(net)
-    assert rivals.path_loss(model, points, times, y) < 1e-10
-    points[:, 1] += 0.5                 # ‖G(z) − x̂‖²
-    assert rivals.path_loss(model, points, times, y).item() == pytest.approx(0.25, rel=1e-4)
+    end = z - 0.999 * net(z, torch.ones(8), y).detach()     # paths end at t = 0.001
+    points = torch.stack([z, end])
+    assert rivals.path_loss(net, points, y) < 1e-10
+    points[1] += 0.5                    # ‖G(z) − x̂‖²
+    assert rivals.path_loss(net, points, y).item() == pytest.approx(0.25, rel=1e-2)
 
 
 def test_paths_are_the_samplers_at_four_of_its_times(net, data):
     x, y, _ = data
-    task = rivals.Task(net, x, y, 49 * 8, 1e-3, 0)
-    points, times, y = task.paths(constant, 4, 1)
-    assert points.shape == (8, 5, 6, 2, 2)
+    task = rivals.Task(net, x, y, 49 * 8, CPU)
+    points, y = task.make_paths(constant, 4, 1)
+    assert points.shape == (5, 8, 6, 2, 2)
     assert task.spent == 49 * 8
-    assert times.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=0.02)
-    end = ode_sample(constant, points[:, 0], y)
-    assert torch.allclose(points[:, -1], end, atol=1e-5)
-    assert rivals.path_loss(constant, points, times, y) < 1e-3      # the last step is 0.001 shorter
-    other = rivals.path_loss(nothing, points, times, y).item()
-    assert other == pytest.approx(4, abs=0.1)
+    end = ode_sample(constant, points[0], y)
+    assert torch.allclose(points[-1], end, atol=1e-5)
+    far = (points[0] - points).mean((1, 2, 3, 4)) / 2       # how much time has passed
+    assert far.tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.02)
+    assert rivals.path_loss(constant, points, y) < 0.01     # 49 steps are no multiple of four
+    assert rivals.path_loss(nothing, points, y).item() == pytest.approx(4, abs=0.1)
 
 
-@pytest.mark.parametrize("history", [False, True])
-def test_four_steps_of_a_constant_flow_end_where_it_does(net, data, history):
+def test_path_loss_asks_for_the_times_of_the_sampler(data):
+    _, y, z = data
+    asked = []
+
+    def record(x, t, y):
+        asked.append(t)
+        return nothing(x, t, y)
+
+    ode_sample(record, z, y, steps=5)
+    times = torch.stack(asked)[:, 0]
+    rivals.path_loss(record, torch.randn(5, 8, 6, 2, 2), y)
+    assert torch.allclose(asked[-1].unique().flip(0), times)
+
+
+def test_along_a_path_the_flow_is_straight(data):
+    """v(x_t, t) for x_t on the line from x̂ to z, at all times in (0, 1)."""
+    _, y, z = data
+    end = z - 0.999 * 2
+    asked = []
+
+    def on_line(x, t, y):
+        asked.append(t)
+        passed = (z.unsqueeze(0) - x.unsqueeze(1)) / 2      # [256,8,...]: from each noise
+        error = (passed - (1 - t).view(-1, 1, 1, 1, 1)).abs().amax((2, 3, 4)).amin(1)
+        assert error.max() < 1e-5
+        return constant(x, t, y)
+
+    assert rivals.path_loss(on_line, torch.stack([z, end]), y, along=1) < 1e-10
+    assert asked[0].min() < 0.1 and asked[0].max() > 0.9
+
+
+def test_four_steps_of_a_constant_flow_end_where_it_does(net, data):
     """392 evaluations: four paths, no step of training."""
     x, y, z = data
     make_constant(net)
-    task = rivals.Task(net, x, y, 49 * 8, 1e-3, 0)
-    sampler = rivals.few_steps(task, 4, history)
-    assert torch.allclose(sampler(z, y), z - 2, atol=1e-5)
-
-
-@pytest.fixture
-def three(net, data):
-    """A network with history, three points [8,3,6,2,2] of each path, and its velocities there."""
-    x = torch.randn(8, 3, 6, 2, 2)
-    times = torch.tensor([1.0, 0.6, 0.3])
-    first = net(x[:, 0], times[:1].expand(8), data[1])
-    model = partial(rivals.Points(net, history=True), y=data[1])
-    assert torch.allclose(model(x, times)[:, 0], first, atol=1e-5)     # alone it is the network
-    return model, x, times
-
-
-def test_a_point_sees_the_earlier_ones(three):
-    model, x, times = three
-    changed = x.clone()
-    changed[:, 0] += 1
-    difference = model(changed, times) - model(x, times)
-    assert difference[:, 2].abs().max() > 1e-3
-
-
-def test_a_point_does_not_see_the_later_ones(three):
-    model, x, times = three
-    expected = model(x, times)[:, :2]
-    changed = x.clone()
-    changed[:, 2] += 1
-    assert torch.allclose(model(changed, times)[:, :2], expected, atol=1e-5)
-    assert torch.allclose(model(x[:, :2], times[:2]), expected, atol=1e-5)
+    task = rivals.Task(net, x, y, 49 * 8, CPU)
+    student = rivals.train_steps(task, 4)
+    assert torch.allclose(ode_sample(student, z, y, steps=5), z - 2 * 0.999, atol=1e-5)
 
 
 def test_reflow_leaves_a_straight_flow_alone(net, data):
     """The few steps of training move the network only a little."""
     x, y, z = data
     make_constant(net)
-    task = rivals.Task(net, x, y, 4 * 3 * rivals.BATCH, 1e-4, 0)
-    sampler = rivals.reflow(task)
-    assert (sampler(z, y) - (z - 2)).abs().max() < 0.05
+    cfg = dr.Config(device="cpu", lr=1e-4)
+    task = rivals.Task(net, x, y, 4 * 3 * rivals.BATCH, cfg)
+    student = rivals.train_reflow(task)
+    assert (one_step(student, z, y) - (z - 2)).abs().max() < 0.05
 
 
 # ---- Consistency
@@ -178,59 +184,6 @@ def test_samples_move_to_what_the_real_score_expects(loss, data):
     assert (gradient < 0).all()
 
 
-# ---- Twins
-
-
-def test_the_embedding_of_r_is_without_effect_at_first(net, data):
-    x, y, _ = data
-    t = torch.rand(8)
-    expected = net(x, t, y)
-    model = rivals.TwoTimes(net)
-    assert torch.equal(model(x, t, y, r=0), expected)
-    assert torch.equal(model(x, t, y), expected)
-    nn.init.normal_(model.net.t_embedder.r_embedder.mlp[2].weight)
-    assert not torch.equal(model(x, t, y, r=0), model(x, t, y))
-
-
-class Twins(nn.Module):
-    """v(x, t, t) is a power of t, v(z, 1, 0) a parameter of its own."""
-    def __init__(self, power):
-        super().__init__()
-        self.power = power
-        self.jump = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x, t, y, r=None):
-        if r is None:
-            return 0 * x + rivals.column(t)**self.power
-        return 0 * x + self.jump
-
-
-@pytest.mark.parametrize("power, sign", [(2, 0), (1, -1)])
-def test_twins_move_the_student_by_their_difference(power, sign, data):
-    """None where v(x, t, t) = v(x, −t, −t); 2t for the power 1, so v(z, 1, 0) grows."""
-    twins = Twins(power)
-    rivals.twinflow_loss(twins, *data).backward()
-    assert twins.jump.grad.sign() == sign
-
-
-def test_twins_that_agree_leave_two_regressions(data):
-    """On ε − x."""
-    loss = rivals.twinflow_loss(Twins(2), *data).item()
-    assert 2 < loss < 8
-
-
-# ---- Two students
-
-
-def test_two_students_share_the_classes(net, data):
-    """Each is the teacher of its half, before a step."""
-    x, y, z = data
-    latents, labels = x.repeat(5, 1, 1, 1), y.repeat(5)
-    task = rivals.Task(net, latents, labels, 10, 1e-3, 0)
-    both = rivals.several_students(task)
-    assert torch.allclose(both(z, y), one_step(net, z, y), atol=1e-5)
-
-
 # ---- Budgets
 
 
@@ -256,12 +209,13 @@ def evaluations(monkeypatch):
     return spent
 
 
-@pytest.mark.parametrize("method", [name for name in rivals.METHODS if "teacher" not in name])
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_method_spends_what_it_says_and_nearly_all_of_its_budget(method, teacher, evaluations):
-    net, latents, labels, _ = rivals.open_space("rae", teacher, None)
+    net, _, checkpoint = runs.open_teacher(teacher)
+    latents = checkpoint["latents"].float()
     torch.manual_seed(0)
-    task = rivals.Task(net, latents, labels, 16_000, 1e-3, 0)
-    rivals.METHODS[method](task)
+    task = rivals.Task(net, latents, checkpoint["labels"], 16_000, CPU)
+    rivals.METHODS[method].train(task)
     assert sum(evaluations) == task.spent
     assert 0.7 * task.budget < task.spent <= task.budget
 
@@ -269,20 +223,24 @@ def test_a_method_spends_what_it_says_and_nearly_all_of_its_budget(method, teach
 # ---- The command
 
 
-def job_of_drifting(teacher, lr):
-    row = {"method": "drift", "space": "rae", "seed": 0, "nfe": 1, "budget": 4 * 3840, "lr": lr}
-    return teacher, teacher.parent, "key", row
+def job_of_drifting(teacher, rate):
+    run = {"method": "drift", "seed": 0, "budget": 4 * 3840, "rate": rate}
+    return teacher, teacher.parent, "key", run
 
 
-def test_a_run_that_diverges_is_a_row_of_nan(few, teacher):
+def test_a_run_that_diverges_is_a_row_of_nan(few, teacher, capsys):
     """It really diverges, at an absurd rate."""
-    row = rivals.distil_and_measure(job_of_drifting(teacher, 1e9))
-    assert all(math.isnan(row[name]) for name in rivals.RESULTS)
-    runs.print_means([row], ["method"], rivals.RESULTS)
+    run = rivals.distil_and_measure(job_of_drifting(teacher, 1e9))
+    assert all(math.isnan(run[name]) for name in rivals.DECIMALS)
+    rivals.show_table({"key": run})
+    assert cells(capsys)[0][4] == "diverged"
+    rivals.show_rates({"key": run})
+    assert cells(capsys) == [["drift (Drift-RAE)", "diverged at 1e+09"]]
+    assert rivals.draw_distances({"key": run}).width
 
 
 def test_other_errors_stop_the_command(teacher, monkeypatch):
-    broken = Mock(side_effect=ValueError("no latents"))
+    broken = rivals.METHODS["drift"]._replace(train=Mock(side_effect=ValueError("no latents")))
     monkeypatch.setitem(rivals.METHODS, "drift", broken)
     with pytest.raises(ValueError, match="no latents"):
         rivals.distil_and_measure(job_of_drifting(teacher, 1e-3))
@@ -290,58 +248,82 @@ def test_other_errors_stop_the_command(teacher, monkeypatch):
 
 @pytest.fixture
 def command(few, teacher, tmp_path, monkeypatch):
-    """command(*flags) -> the rows of the JSON file that it writes, {key: row}."""
-    monkeypatch.setattr(rivals, "BUDGET", 80_000)
+    """command(*flags) -> the runs of the JSON file that it writes, {key: run}."""
+    monkeypatch.setattr(rivals, "BUDGET", 8000)
     out = tmp_path / "rivals with space ü"
 
-    def command(*flags, name="rivals"):
+    def command(*flags):
         helpers.run("--out", out, "--teacher", teacher, *flags, main=rivals.main)
-        command.file = out / f"{name}.json"
-        assert Image.open(out / f"{name}.png").width
         return json.loads(command.file.read_text())["runs"]
 
+    command.file = out / "rivals.json"
     return command
 
 
-def first_cells(table):
-    lines = [line for line in table.splitlines() if line.startswith("| ")]
-    return [line.split("|")[1].strip() for line in lines[2:]]       # below header and rule
+def cells(capsys):
+    """The cells of the printed tables' rows."""
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "]
+    return [row for row in rows if row[0] not in ("method", "---")]
 
 
-def test_the_command_computes_every_method_once(command, capsys):
-    rows = command("--quick")
-    assert len(rows) == len(rivals.METHODS)
-    steps = {}
-    for row in rows.values():
-        assert row["space"] == "rae"
-        assert row["evaluations"] <= 8000
-        assert set(rivals.RESULTS) < set(row)
-        steps[row["method"]] = row["nfe"]
-        row["fd"] = 12345.0             # would be lost if it were computed again
-    assert (steps["teacher-4"], steps["step-4"], steps["drift"]) == (4, 4, 1)
+def test_the_command_computes_every_method_once(command, capsys, monkeypatch):
+    monkeypatch.setattr(rivals, "BUDGET", 80_000)           # --quick takes a tenth
+    done = command("--quick")
+    assert [run["method"] for run in done.values()] == list(rivals.METHODS)
+    for run in done.values():
+        assert run["evaluations"] <= run["budget"] == 8000
+        assert rivals.DECIMALS.keys() < run.keys()
+        run["fd"] = 12345.0             # would be lost if it were computed again
     saved = json.loads(command.file.read_text())
-    command.file.write_text(json.dumps(saved | {"runs": rows}))
+    command.file.write_text(json.dumps(saved | {"runs": done}))
     capsys.readouterr()
     command("--quick")
-    table = capsys.readouterr().out
-    assert table.count("12,345.00") == len(rows)
-    assert first_cells(table) == list(rivals.METHODS)
+    table = cells(capsys)
+    assert [row[0] for row in table] == [method.title for method in rivals.METHODS.values()]
+    assert {row[4] for row in table} == {"12,345.00"}
+    nfe = {row[0]: row[2] for row in table}
+    assert (nfe["teacher-4"], nfe["step-4"], nfe["drift (Drift-RAE)"]) == ("4", "4", "1")
+    for name in ("rivals.png", "rivals_samples.png"):
+        assert Image.open(command.file.with_name(name)).width
 
 
-def test_rates_tries_three(command):
-    rows = command("--rates", "--methods", "regression", name="rivals_rates")
-    rates = [row["lr"] for row in rows.values()]
-    assert sorted(rates) == list(rivals.CANDIDATES)         # in the order of finishing
+def test_rates_are_tried_with_the_whole_budget_and_another_seed(command, capsys):
+    """They join the table's runs in one file."""
+    command("--seeds", 1, "--methods", "teacher-1")
+    capsys.readouterr()
+    teacher, *three = command("--rates", "--methods", "regression", "consistency").values()
+    assert teacher["method"] == "teacher-1"
+    rates = [run["rate"] for run in three]
+    assert rates == [3e-4, 1e-3, 3e-3, 1e-4, 3e-4, 9e-4]
+    assert {(run["seed"], run["budget"]) for run in three} == {(100, 8000)}
+    first, second = cells(capsys)
+    assert [cell.split(" at ")[-1] for cell in first] == ["regression", "3e-4", "1e-3", "3e-3"]
+    assert second[0] == "consistency"
 
 
 def test_teachers_are_of_one_seed(command):
-    rows = command("--quick", "--seeds", 2, "--methods", "teacher-1", "drift")
-    assert sorted(row["seed"] for row in rows.values()) == [0, 0, 1]
+    done = command("--seeds", 2, "--methods", "teacher-1", "regression")
+    assert [run["seed"] for run in done.values()] == [0, 0, 1]
 
 
-def test_the_space_of_a_vae_has_rows_of_its_own(command, monkeypatch):
-    monkeypatch.setattr(vae, "make_vae64", partial(vae.make_vae64, steps=(11, 11)))
-    flags = ["--quick", "--space", "vae", "--methods", "teacher-1", "drift"]
-    rows = command(*flags, name="rivals_vae")
-    assert command.file.with_name("vae64.pt").exists()
-    assert [row["space"] for row in rows.values()] == ["vae", "vae"]
+def test_without_out_the_tables_come_from_the_results(tmp_path, monkeypatch, capsys):
+    """In eight seeds drift is better than drift-windows by 1 or by 1.1, in turn."""
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    args = rivals.parse(["--seeds", "8"])
+    planned = rivals.plan_runs(args, rates=False) | rivals.plan_runs(args, rates=True)
+    assert len(planned) == 3 + 9 * (8 + 3)
+    done = {}
+    for i, (key, run) in enumerate(planned.items()):
+        values = dict.fromkeys(rivals.DECIMALS, 0.5)
+        fds = {"drift": 2.0, "drift-windows": 3 + 0.1 * (i % 2), "dmd": np.nan}
+        done[key] = run | values | {"fd": fds.get(run["method"], 4 + i % 2)}
+    runs.save_json(tmp_path / "rivals.json", {"runs": done})
+    helpers.run("--seeds", 8, main=rivals.main)
+    said = capsys.readouterr().out
+    assert "of drift-windows, the best" in said and "[-1.09, -1.01]" in said
+    assert said.count("diverged") == 4          # in the table, and at three rates
+    assert "real latents and the teacher | 1 | 3e-3 | 2.00 ± 0.00 | 0.500 ± 0.000" in said
+    del done[key]
+    runs.save_json(tmp_path / "rivals.json", {"runs": done})
+    assert key in helpers.refusal("--seeds", 8, main=rivals.main)

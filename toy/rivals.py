@@ -1,28 +1,47 @@
-"""What else could one do with this teacher? The families of distillation at equal budgets.
+"""What else could one do with this teacher? Families of distillation at one budget, on digits.
 
-    python toy/rivals.py                all methods on toy/teacher.pt -> OUT/rivals.json and .png
-    python toy/rivals.py --space vae    the same in the space of toy/vae.py's VAE-64 -> rivals_vae.*
-    python toy/rivals.py --quick        a tenth of the budget: a look, not a result
-    python toy/rivals.py --rates        what RATES was chosen from -> OUT/rivals_rates.*
+    python toy/rivals.py                    print the tables of toy/results/rivals.json
+    python toy/rivals.py --out DIR --rates  try three learning rates per method: DIR/rivals.json
+    python toy/rivals.py --out DIR          measure the table: DIR/rivals.json and two pictures
+    python toy/rivals.py --quick            a tenth of the budget and one seed, into out/
 
-All students start from the teacher's weights and spend as many network evaluations as drift_rae.py
-does. Per sample, a forward pass counts as 1, a backward pass as 2 (as 1 if only the input has a
-gradient), and a forward-mode product as 2. Evaluations of the teacher and of a second network
-count, and so do those that generate training pairs. Decay of the learning rate, clipping and
-moving average are those of drift_rae.py. Rows that are done are kept.
+The teacher, toy/teacher.pt, is a flow model on the latents of a tiny autoencoder of digits. It
+needs 49 evaluations of its network per image. Every method makes of it a student that needs one
+(step-4: four), and starts from the teacher's weights.
 
-Throughout, x is data, ε or z noise, x_t = (1−t)·x + t·ε, v(x_t, t) ≈ ε − x, and a single step from
-noise is G(z) = z − v(z, 1).
+What a method may spend. All have the same budget of network evaluations of one sample. A forward
+pass counts as 1, a backward pass as 2 (as 1 if only the input has a gradient), a forward-mode
+product as 2. Everything counts: the teacher, a second network, and training pairs that a network
+generates. Decay of the learning rate, clipping and moving average are those of drift_rae.py.
+
+What a method sees. Regression, reflow, step-4, DMD and SiD see the teacher alone and no real
+latent. Consistency sees the teacher and real latents. Drifting sees real latents and takes nothing
+of the teacher except its weights at the start. An evaluation compares 2,500 images with R, half of
+the 5,000 real digits. Consistency and drifting have trained on R, too (so has the teacher), whereas
+the others know of R only what the teacher knows.
+
+What the table says. All methods are minimal baselines of which only the learning rate was tuned.
+The best of them is the best of these minimal baselines at this budget, and nothing more. DMD and
+SiD run without the GAN losses of their best versions. Three families are left out. TwinFlow
+(2512.05150) does not train without its any-step loss, and with that loss it would be the largest
+method here. ARD (2504.11295) needs a network of its own, whose attention sees the history of a
+path. MSD (2410.23274) trains several students, and would be drifting on half of the classes each.
+
+In this file x is data, z or ε is noise, and x_t = (1−t)·x + t·ε. The flow's velocity is
+v(x_t, t) ≈ ε − x, and a single step from noise is G(z) = z − v(z, 1). sg stops the gradient.
+Finished runs stay in DIR/rivals.json, so an interrupted command continues where it stopped.
 """
 import argparse
-import copy
+import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,9 +49,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drift_rae as dr  # noqa: E402
 from toy import digits, plot, runs, vae  # noqa: E402
 
-BATCH = 256         # samples per step where nothing else is said
-GRID = 50           # points of the teacher's Euler grid, as in the report of drift_rae.py
-CPU = dr.Config(device="cpu")
+BUDGET = 192_000    # network evaluations, as many as 50 steps of drift_rae.py take
+BATCH = 256         # samples per step, except where a method says otherwise
+GRID = 50           # points of the teacher's path, as in the report of drift_rae.py
+SEEDS = 3           # of the table
+RATES_SEED = 100    # of the trials of learning rates: the table does not use this seed
+
+
+@dataclasses.dataclass
+class Task:
+    """What a method gets, and how many evaluations it has spent of its budget."""
+    teacher: dr.DiTDH
+    latents: torch.Tensor           # of the real digits, [n,D,h,w]
+    labels: torch.Tensor            # [n]
+    budget: int
+    cfg: dr.Config                  # holds the learning rate and the seed
+    spent: int = 0
+
+    def draw_batch(self, n):
+        """-> real latents [n,D,h,w], their labels [n], noise [n,D,h,w]."""
+        i = torch.randint(len(self.latents), (n,))
+        x = self.latents[i]
+        return x, self.labels[i], torch.randn_like(x)
+
+    def fit_student(self, start, loss, cost, share=1.0):
+        """Train a copy of the network `start` for a share of the budget -> its moving average.
+
+        A step minimises loss(student) and costs `cost` evaluations.
+        """
+        cfg = self.cfg
+        steps = int(share * self.budget) // cost
+        self.spent += steps * cost
+        student, ema, optimizer = dr.prepare(start, cfg)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = cfg.lr * (1 - 0.99 * step / steps)
+            take_step(student, optimizer, loss(student))
+            warmup = min(1, step / cfg.ema_warmup)
+            dr.update_average(ema, student, decay=0.5 * (cfg.ema / 0.5) ** warmup)
+        return ema
+
+    @torch.no_grad()
+    def make_paths(self, model, steps, share):
+        """Follow paths of the model's ODE for a share of the budget.
+
+        -> steps + 1 points of each path, noise first, [steps+1,n,D,h,w]; labels [n]
+        """
+        n = int(share * self.budget) // (GRID - 1)
+        self.spent += n * (GRID - 1)
+        _, labels, noise = self.draw_batch(n)
+        # 49 is no multiple of 4: these points are the closest ones to dr.ode_sample's four steps.
+        index = torch.linspace(0, GRID - 1, steps + 1).round().long()
+        parts = zip(noise.split(BATCH), labels.split(BATCH))
+        points = [vae.ode_path(model, z, y)[index] for z, y in parts]
+        return torch.cat(points, 1), labels
 
 
 def column(t):
@@ -40,182 +109,69 @@ def column(t):
     return t.view(-1, 1, 1, 1)
 
 
-class Task:
-    """A flow teacher, latents [n,D,h,w], labels [n], and a budget of evaluations.
-
-    `spent` counts the evaluations.
-    """
-
-    def __init__(self, teacher, latents, labels, budget, lr, seed):
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.latents, self.labels = latents, labels
-        self.budget, self.spent = budget, 0
-        self.lr, self.seed = lr, seed
-
-    def student(self):
-        return copy.deepcopy(self.teacher).requires_grad_(True)
-
-    def draw(self, n):
-        """-> real latents [n,D,h,w], their labels [n], noise shaped like the latents."""
-        i = torch.randint(len(self.latents), (n,))
-        return self.latents[i], self.labels[i], torch.randn_like(self.latents[i])
-
-    def optimizer(self, net):
-        return torch.optim.AdamW(net.parameters(), self.lr, (0.9, 0.95), weight_decay=0, fused=True)
-
-    def fit(self, student, loss, cost, share=1.0):
-        """Minimise loss() with a share of the budget -> the moving average of the student.
-
-        A step costs `cost` evaluations.
-        """
-        steps = int(share * self.budget) // cost
-        self.spent += steps * cost
-        ema = copy.deepcopy(student).requires_grad_(False)
-        optimizer = self.optimizer(student)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = self.lr * (1 - 0.99 * step / steps)
-            descend(student, optimizer, loss())
-            warmth = min(1, step / dr.Config.ema_warmup)
-            dr.update_average(ema, student, decay=0.5 * (dr.Config.ema / 0.5) ** warmth)
-        return ema
-
-    @torch.no_grad()
-    def paths(self, model, steps, share):
-        """Follow the model's ODE with a share of the budget.
-
-        -> points [n,steps+1,D,h,w] of n paths, noise first; their times [steps+1]; labels [n].
-        The last point, at t = 0.001, gets the time 0.
-        """
-        n = int(share * self.budget) // (GRID - 1)
-        self.spent += n * (GRID - 1)
-        _, labels, noise = self.draw(n)
-        index = torch.linspace(0, GRID - 1, steps + 1).round().long()
-        times = 1 - torch.linspace(0, 0.999, GRID)[index]
-        times[-1] = 0
-        points = []
-        for z, y in zip(noise.split(BATCH), labels.split(BATCH)):
-            path = vae.ode_path(model, z, y)                # [GRID,B,D,h,w]
-            points.append(path[index].transpose(0, 1))      # [B,steps+1,D,h,w]
-        return torch.cat(points), times, labels
-
-
-def descend(net, optimizer, loss):
+def take_step(net, optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), dr.Config.clip)
     if not norm.isfinite():
         raise dr.UserError("the gradient is NaN or infinite: try a lower rate")     # as train_step
     optimizer.step()
 
 
-# ---- Regression on the ends of trajectories (Luhman & Luhman 2101.02388), or on points between
+# The methods: each takes a Task and returns a network. A network of one step is sampled by
+# dr.one_step, one of several steps by dr.ode_sample.
 
 
-def path_loss(model, points, times, y):
-    """‖v(x_s, t_s) − (x_s − x_s+1)/(t_s − t_s+1)‖². With one step from z to x̂: ‖G(z) − x̂‖²."""
-    now, after = points[:, :-1], points[:, 1:]              # [B,S,D,h,w]
-    velocity = (now - after) / column(times[:-1] - times[1:])
-    return (model(now, times[:-1], y) - velocity).square().mean()
+def keep_teacher(task):
+    return task.teacher
 
 
-class PathAttention(dr.Attention):
-    """Attention over the tokens of S points of a path; a token does not see later points.
+# ---- Regression on the ends of the teacher's paths (Luhman & Luhman 2101.02388)
 
-    x [B·S,N,D] holds the S = self.points points of each path one after another.
+
+def path_loss(model, points, labels, along=0):
+    """‖v(x_s, t_s) − (x_s − x_s+1)/(t_s − t_s+1)‖² at random points of paths from make_paths.
+
+    For paths of one step, from z to x̂, this is ‖G(z) − x̂‖² (where x̂ is taken on from t = 0.001,
+    at which dr.ode_sample ends, to 0). With along = 1 such paths are also learnt between their
+    ends. That is flow matching on the straight lines from x̂ to z.
     """
-
-    def forward(self, x, rope):
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))        # [B·S,N,3,heads,d]
-        qkv = qkv.unflatten(0, (-1, self.points))           # [B,S,N,3,heads,d]
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)             # [B,heads,S,N,d] each
-        point = torch.arange(self.points).repeat_interleave(x.shape[1])
-        seen = point.unsqueeze(1) >= point                  # [S·N,S·N]
-        q = rope(q).flatten(2, 3)                           # [B,heads,S·N,d]
-        k = rope(k).flatten(2, 3)
-        v = v.flatten(2, 3)
-        out = F.scaled_dot_product_attention(q, k, v, seen)             # [B,heads,S·N,d]
-        out = out.unflatten(2, (self.points, -1)).permute(0, 2, 3, 1, 4)    # [B,S,N,heads,d]
-        return self.proj(out.flatten(0, 1).flatten(2))
+    steps = len(points) - 1
+    i = torch.randint(len(labels), (BATCH,))
+    s = torch.randint(steps, (BATCH,))
+    v = (points[s, i] - points[s + 1, i]) * steps / 0.999
+    back = along * torch.rand(BATCH)
+    x_t = points[s, i] - column(back) * v
+    t = 1 - 0.999 * s / steps - back                        # the times of dr.ode_sample
+    return (model(x_t, t, labels[i]) - v).square().mean()
 
 
-class Points(nn.Module):
-    """A DiT^DH at S points of each path: x [B,S,D,h,w], times [S], y [B] -> velocities like x.
-
-    With history, a point also sees the earlier points of its path, in the encoder of the DiT^DH.
-    """
-
-    def __init__(self, net, history=False):
-        super().__init__()
-        self.net = net
-        self.lower = net.blocks[:net.depth[0]] if history else []
-        for block in self.lower:
-            attention = PathAttention(block.attn.qkv.in_features, block.attn.num_heads)
-            attention.load_state_dict(block.attn.state_dict())
-            block.attn = attention
-
-    def forward(self, x, times, y):
-        for block in self.lower:
-            block.attn.points = len(times)
-        t = times.repeat(len(x))
-        v = self.net(x.flatten(0, 1), t, y.repeat_interleave(len(times)))
-        return v.unflatten(0, x.shape[:2])
+def fit_paths(task, start, paths, share, along=0):
+    """Train a copy of `start` on the paths, which are used again and again."""
+    points, labels = paths
+    loss = partial(path_loss, points=points, labels=labels, along=along)
+    return task.fit_student(start, loss, 3 * BATCH, share)
 
 
-def regress(task, student, paths, share):
-    """Fit path_loss with a share of the budget; the paths are used again and again."""
-    points, times, y = paths
-
-    def loss():
-        i = torch.randint(len(y), (BATCH // (len(times) - 1),))     # BATCH points in all
-        return path_loss(student, points[i], times, y[i])
-
-    return task.fit(student, loss, 3 * BATCH, share)
+def train_steps(task, steps):
+    """Step distillation; one step is plain regression. The paths take half of the budget."""
+    paths = task.make_paths(task.teacher, steps, 1 / 2)
+    return fit_paths(task, task.teacher, paths, 1 / 2)
 
 
-def few_steps(task, steps, history=False):
-    """Step distillation: regression on the teacher's paths, which take half of the budget.
-
-    With one step this is regression on pairs (z, x̂); with history it is ARD (2504.11295). Our ARD
-    has no cache, so with four steps it computes 10 points per sample.
-    """
-    paths = task.paths(task.teacher, steps, 1 / 2)
-    ema = regress(task, Points(task.student(), history), paths, 1 / 2)
-    times = paths[1]
-
-    def sampler(z, y):
-        path = [z]
-        for s in range(steps):
-            first = 0 if history else s
-            v = ema(torch.stack(path[first:], 1), times[first:s + 1], y)[:, -1]
-            path.append(path[-1] + (times[s + 1] - times[s]) * v)
-        return path[-1]
-
-    return sampler
-
-
-def reflow(task):
+def train_reflow(task):
     """Rectified flow (2209.03003), InstaFlow (2309.06380), with a quarter of the budget per stage.
 
-    Flow matching on the straight lines of the teacher's pairs (z, x̂) straightens the flow. Then
-    regression on fresh pairs of the straightened network makes a single step of it.
+    Flow matching between the ends of the teacher's paths straightens the flow. Then regression on
+    fresh paths of the straightened network makes a single step of it.
     """
-    pairs, _, y = task.paths(task.teacher, 1, 1 / 4)
-    student = task.student()
-
-    def loss():
-        i = torch.randint(len(y), (BATCH,))
-        z, x = pairs[i].unbind(1)
-        t = torch.rand(BATCH)
-        v = student((1 - column(t)) * x + column(t) * z, t, y[i])
-        return (v - (z - x)).square().mean()
-
-    straight = task.fit(student, loss, 3 * BATCH, 1 / 4)
-    student = copy.deepcopy(straight).requires_grad_(True)
-    ema = regress(task, Points(student), task.paths(straight, 1, 1 / 4), 1 / 4)
-    return partial(dr.one_step, ema.net)
+    paths = task.make_paths(task.teacher, 1, 1 / 4)
+    straight = fit_paths(task, task.teacher, paths, 1 / 4, along=1)
+    paths = task.make_paths(straight, 1, 1 / 4)
+    return fit_paths(task, straight, paths, 1 / 4)
 
 
-# ---- Consistency, mean velocity (2303.01469; sCM 2503.09641; MeanFlow 2505.13447; MF-RAE)
+# ---- Consistency, mean velocity (2303.01469; sCM 2503.09641; MeanFlow 2505.13447)
 
 
 def consistency_loss(student, teacher, x, y, noise):
@@ -226,41 +182,51 @@ def consistency_loss(student, teacher, x, y, noise):
     """
     t = torch.rand(len(x))
     x_t = (1 - column(t)) * x + column(t) * noise
+
+    def u(x, t):
+        return student(x, t, y)
+
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):     # other backends have no forward mode
         v = teacher(x_t, t, y)
-        along = v, torch.ones_like(t)
-        _, change = torch.func.jvp(lambda x, t: student(x, t, y), (x_t, t), along)
-        target = v - column(t) * change
-    error = (student(x_t, t, y) - target).square().sum((1, 2, 3))
+        direction = v, torch.ones_like(t)
+        _, du_dt = torch.func.jvp(u, (x_t, t), direction)
+        target = v - column(t) * du_dt
+    error = (u(x_t, t) - target).square().sum((1, 2, 3))
     return (error / (error.detach() + 1e-3)).mean()
 
 
-def consistency(task):
-    """Per sample the teacher costs 1, the forward-mode product 2 and the student 3."""
-    u = task.student()
-    ema = task.fit(u, lambda: consistency_loss(u, task.teacher, *task.draw(BATCH)), 6 * BATCH)
-    return partial(dr.one_step, ema)
+def train_consistency(task):
+    def loss(student):
+        return consistency_loss(student, task.teacher, *task.draw_batch(BATCH))
+
+    cost = 1 + 2 + 3        # per sample: the teacher, the forward-mode product, the student
+    return task.fit_student(task.teacher, loss, cost * BATCH)
 
 
 # ---- Scores: a second network, "fake", learns the flow of the student's samples
 
 
-def denoised(x, y, *networks):
-    """The x̂ = x_t − t·v(x_t, t) of each network; t in [0.02, 0.98] is drawn once per sample."""
+def denoise(x, y, *networks):
+    """Add noise to samples x. -> what each network takes for the clean samples, and mean|x − x̂|.
+
+    That is x̂ = x_t − t·v(x_t, t) with one t in [0.02, 0.98] per sample. The mean is taken per
+    sample, for the first network, without gradient.
+    """
     t = 0.02 + 0.96 * torch.rand(len(x))
     x_t = (1 - column(t)) * x + column(t) * torch.randn_like(x)
-    return [x_t - column(t) * v(x_t, t, y) for v in networks]
+    clean = [x_t - column(t) * v(x_t, t, y) for v in networks]
+    error = (x - clean[0]).detach().abs()
+    return *clean, error.mean((1, 2, 3), keepdim=True)
 
 
 def dmd_loss(x, y, real, fake):
-    """½‖x − sg[x − g]‖², g = (x̂_fake − x̂_real) / mean|x − x̂_real|; sg stops the gradient.
+    """½‖x − sg[x − g]‖², g = (x̂_fake − x̂_real) / mean|x − x̂_real|.
 
     This is DMD (2311.18828) without its regression, as in DMD2 (2405.14867), but also without the
     GAN loss of DMD2.
     """
     with torch.no_grad():
-        x_real, x_fake = denoised(x, y, real, fake)
-        size = (x - x_real).abs().mean((1, 2, 3), keepdim=True)
+        x_real, x_fake, size = denoise(x, y, real, fake)
         target = x - (x_fake - x_real) / size
     return 0.5 * (x - target).square().mean()
 
@@ -268,253 +234,274 @@ def dmd_loss(x, y, real, fake):
 def sid_loss(x, y, real, fake):
     """⟨x̂_real − x̂_fake, x̂_fake − x⟩ / sg[mean|x − x̂_real|]: SiD (2404.04057) at α = 1.
 
-    The GAN loss of SiDA is left out. The gradient runs through both networks to their inputs.
+    The GAN loss of SiDA (2410.14919) is left out. The gradient runs through both networks to their
+    inputs.
     """
-    x_real, x_fake = denoised(x, y, real, fake)
-    size = (x - x_real).detach().abs().mean((1, 2, 3), keepdim=True)
-    weight = 1 / size.clamp(min=1e-5)
-    return (weight * (x_real - x_fake) * (x_fake - x)).mean()
+    x_real, x_fake, size = denoise(x, y, real, fake)
+    product = (x_real - x_fake) * (x_fake - x)
+    return (product / size.clamp(min=1e-5)).mean()
 
 
-def scores(task, loss, cost, updates):
-    """Before each step of the student, which costs `cost` per sample, the fake network takes
-    `updates` steps. Each of these costs 1 + 3 per sample.
+def match_scores(task, score_loss, cost, updates):
+    """Before each step of the student, the fake network takes `updates` steps.
+
+    A sample costs 1 + 3 in a step of the fake network, and `cost` in a step of the student.
     """
     n = BATCH // 2
-    student, fake = task.student(), task.student()
-    optimizer = task.optimizer(fake)
+    real = task.teacher.requires_grad_(False)               # gradients pass it, to its input
+    fake, _, optimizer = dr.prepare(real, task.cfg)
 
-    def step():
+    def loss(student):
         fake.requires_grad_(True)
         for _ in range(updates):
-            _, y, z = task.draw(n)
+            _, y, z = task.draw_batch(n)
             with torch.no_grad():
                 x = dr.one_step(student, z, y)
-            descend(fake, optimizer, dr.flow_matching_loss(fake, x, y))
+            take_step(fake, optimizer, dr.flow_matching_loss(fake, x, y))
         fake.requires_grad_(False)
-        _, y, z = task.draw(n)
-        return loss(dr.one_step(student, z, y), y, task.teacher, fake)
+        _, y, z = task.draw_batch(n)
+        return score_loss(dr.one_step(student, z, y), y, real, fake)
 
-    return partial(dr.one_step, task.fit(student, step, n * (cost + updates * (1 + 3))))
-
-
-# ---- Self-adversarial twins: TwinFlow (2512.05150), without its any-step term RCGM
-
-
-class TwoTimeEmbedder(nn.Module):
-    """The embedding of t plus an embedding of r, which is zero at first. No r means r = t."""
-
-    def __init__(self, t_embedder):
-        super().__init__()
-        self.t_embedder = t_embedder
-        self.r_embedder = copy.deepcopy(t_embedder)
-        dr.zero(self.r_embedder.mlp[2])
-        self.r = None
-
-    def forward(self, t):
-        r = t if self.r is None else torch.full_like(t, self.r)
-        return self.t_embedder(t) + self.r_embedder(r)
-
-
-class TwoTimes(nn.Module):
-    """v(x, t, r), the mean velocity from time t to a number r; without r, the velocity at t.
-
-    At a negative time −t it is the velocity of the flow of the student's own samples.
-    """
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        net.t_embedder = TwoTimeEmbedder(net.t_embedder)
-
-    def forward(self, x, t, y, r=None):
-        self.net.t_embedder.r = r
-        return self.net(x, t, y)
-
-
-def twinflow_loss(net, x, y, z):
-    """Three terms. The twin at −t learns the flow of sg[G(z)]: ‖v(x_t, −t, −t) − (ε − G)‖².
-
-    The difference d of the twins, clamped to ±1, moves the student: ½‖v(z, 1, 0) − sg[v + d]‖².
-    Flow matching on real latents keeps v(x, t, t).
-    """
-    t, noise = torch.rand(len(z)), torch.randn_like(z)
-    v = net(z, torch.ones(len(z)), y, r=0)
-    fake = (z - v).detach()
-    x_t = (1 - column(t)) * fake + column(t) * noise
-    twin = net(x_t, -t, y)
-    with torch.no_grad():
-        d = (net(x_t, t, y) - twin).clamp(-1, 1)            # v_real − v_fake
-        target = v + d
-    following = (twin - (noise - fake)).square().mean()
-    rectification = 0.5 * (v - target).square().mean()
-    return following + rectification + dr.flow_matching_loss(net, x, y)
-
-
-def twinflow(task):
-    net = TwoTimes(task.student())
-    ema = task.fit(net, lambda: twinflow_loss(net, *task.draw(BATCH)), (3 + 3 + 1 + 3) * BATCH)
-    return partial(dr.one_step, partial(ema, r=0))          # G(z) = z − v(z, 1, 0)
+    cost = cost + updates * (1 + 3)
+    return task.fit_student(real, loss, cost * n)
 
 
 # ---- Drifting (Deng et al. 2602.04770; Drift-RAE 2606.15553; windows are our addition)
 
 
-def drifting(task, loss_function=dr.variant_loss, **changes):
+def train_drift(task, **changes):
     """The distillation of drift_rae.py, with changes of its defaults."""
-    cfg = dr.Config(device="cpu", lr=task.lr, seed=task.seed, **changes)
+    cfg = dataclasses.replace(task.cfg, **changes)
     cost = cfg.n_class * (3 * cfg.n_neg + cfg.n_extra_neg)
     cfg.steps = task.budget // cost
     task.spent += cfg.steps * cost
-    student = runs.distilled(task.teacher, task.latents, task.labels, cfg, loss_function)
-    return partial(dr.one_step, student)
+    return runs.distilled(task.teacher, task.latents, task.labels, cfg)
 
 
-def several_students(task):
-    """Two students, as in MSD (2410.23274), with half of the classes and of the budget each.
-
-    A sample needs one of them. The sampler evaluates both and keeps the right one.
-    """
-    half = task.teacher.num_classes // 2
-    samplers = []
-    for its in (task.labels < half, task.labels >= half):
-        part = Task(task.teacher, task.latents[its], task.labels[its], task.budget // 2, task.lr,
-                    task.seed)
-        samplers.append(drifting(part, n_class=half))
-        task.spent += part.spent
-
-    def both(z, y):
-        low, high = [sampler(z, y) for sampler in samplers]
-        return torch.where(column(y < half), low, high)
-
-    return both
+# ---- What is compared
 
 
-# ---- The rows
+class Method(NamedTuple):
+    title: str
+    group: str              # what the method sees
+    nfe: int                # network evaluations per sample
+    train: Callable         # of a Task; returns a network
 
 
-def by_teacher(task, sampler):
-    return partial(sampler, task.teacher)
-
-
-METHODS = {         # name: function of a Task that returns a sampler (z, y) -> latents
-    "teacher-1": partial(by_teacher, sampler=dr.one_step),
-    "teacher-4": partial(by_teacher, sampler=partial(dr.ode_sample, steps=5)),
-    "teacher-50": partial(by_teacher, sampler=partial(dr.ode_sample, steps=GRID)),
-    "regression": partial(few_steps, steps=1),
-    "reflow": reflow,
-    "consistency": consistency,
-    "dmd": partial(scores, loss=dmd_loss, cost=3 + 1 + 1, updates=5),   # 5 updates, as in DMD2
-    "sid": partial(scores, loss=sid_loss, cost=3 + 2 + 2, updates=1),
-    "twinflow": twinflow,
-    "ard-4": partial(few_steps, steps=4, history=True),
-    "step-4": partial(few_steps, steps=4),
-    "msd-2": several_students,
-    "drift-a": partial(drifting, n_pos=64, n_extra_neg=0, perturb=False, field="y-softmax"),
-    "drift": drifting,
-    "drift-windows": partial(drifting, windows=(1, 2)),
-    "drift-gradient": partial(drifting, loss_function=runs.gradient_loss),
+GROUPS = ("the teacher itself", "the teacher alone", "real latents and the teacher")
+ITSELF, ALONE, REAL = GROUPS
+DENG = dict(n_pos=64, n_extra_neg=0, perturb=False, field="y-softmax")
+METHODS = {
+    "teacher-1": Method("teacher-1", ITSELF, 1, keep_teacher),
+    "teacher-4": Method("teacher-4", ITSELF, 4, keep_teacher),
+    "teacher-49": Method("teacher-49", ITSELF, 49, keep_teacher),
+    "regression": Method("regression", ALONE, 1, partial(train_steps, steps=1)),
+    "reflow": Method("reflow", ALONE, 1, train_reflow),
+    "step-4": Method("step-4", ALONE, 4, partial(train_steps, steps=4)),
+    # Costs per sample: the student 3, real and fake 1 each, or 2 each where they pass on gradients.
+    "dmd": Method("DMD without GAN", ALONE, 1,
+                  partial(match_scores, score_loss=dmd_loss, cost=3 + 1 + 1, updates=5)),  # as DMD2
+    "sid": Method("SiD without GAN", ALONE, 1,
+                  partial(match_scores, score_loss=sid_loss, cost=3 + 2 + 2, updates=1)),
+    "consistency": Method("consistency", REAL, 1, train_consistency),
+    "drift-a": Method("drift-a (Deng et al.)", REAL, 1, partial(train_drift, **DENG)),
+    "drift": Method("drift (Drift-RAE)", REAL, 1, train_drift),
+    "drift-windows": Method("drift-windows", REAL, 1, partial(train_drift, windows=(1, 2))),
 }
-NFE = {"teacher-4": 4, "teacher-50": GRID - 1, "ard-4": 4, "step-4": 4}     # evaluations per sample
-CANDIDATES = (3e-4, 1e-3, 3e-3)
-RATES = {           # the best candidate with a quarter of the budget, in the RAE's space, seed 0
-    "regression": 1e-3, "reflow": 1e-3, "dmd": 3e-3, "sid": 3e-4, "twinflow": 3e-4, "ard-4": 1e-3,
-    "step-4": 3e-4, "drift-a": 3e-3, "drift": 3e-3, "drift-windows": 3e-3,
-    "consistency": 3e-4,    # 1e-3 was better with a quarter, but diverges with the whole budget
-    "msd-2": 3e-3, "drift-gradient": 3e-3}      # these two reuse the rate of drift
-BUDGET = 384_000    # network evaluations, as many as 100 steps of drift_rae.py take
-RESULTS = {"fd": 2, "precision": 3, "recall": 3, "label_accuracy": 3, "seconds": 0}     # decimals
-
-
-def open_space(space, path, out):
-    """-> flow teacher, latents, labels, the autoencoder that decodes the latents."""
-    if space == "rae":
-        teacher, rae, checkpoint = runs.open_teacher(path)
-        return teacher, checkpoint["latents"].float(), checkpoint["labels"], rae
-    teacher, space = vae.read_vae64(out / "vae64.pt")
-    return teacher, space.latents, space.labels, space.rae
+RATES = {           # learning rates: the best of the table of rates
+    "regression": 1e-3, "reflow": 1e-3, "step-4": 3e-4, "dmd": 3e-3, "sid": 3e-4,
+    "consistency": 3e-4, "drift-a": 1e-2, "drift": 2e-3, "drift-windows": 2e-3}
+DECIMALS = {"fd": 2, "precision": 3, "recall": 3, "label_accuracy": 3, "seconds": 0}
+HEADER = ["method", "what it sees", "evaluations per sample (NFE)", "rate", "distance ↓",
+          "precision ↑", "recall ↑", "label accuracy ↑", "seconds, one thread"]
+STRIPS = ("regression", "dmd", "drift")     # methods of the second picture
 
 
 def distil_and_measure(job):
-    """job: (the teacher's path, OUT, the row's key, what is known of the row) -> the whole row.
+    """job: (the teacher's path, OUT, the run's key, the run) -> the run with its results.
 
-    A few samples per class go to the file OUT/rivals/key, for the picture.
+    The results are NaN if the training diverges. Two samples per class go to OUT/rivals/KEY.pt.
     """
-    path, out, key, row = job
-    teacher, latents, labels, rae = open_space(row["space"], path, out)
-    torch.manual_seed(row["seed"])
-    task = Task(teacher, latents, labels, row["budget"], row["lr"], row["seed"])
-    began = time.perf_counter()
+    path, out, key, run = job
+    teacher, rae, checkpoint = runs.open_teacher(path)
+    cfg = dr.Config(device="cpu", seed=run["seed"], lr=run["rate"])
+    torch.manual_seed(cfg.seed)
+    latents = checkpoint["latents"].float()
+    task = Task(teacher, latents, checkpoint["labels"], run["budget"], cfg)
+    method = METHODS[run["method"]]
+    began = time.process_time()     # of this process alone, however busy the machine is
     try:
-        sampler = METHODS[row["method"]](task)
+        network = method.train(task)
     except dr.UserError:                                    # the gradient became NaN or infinite
-        return row | dict.fromkeys(RESULTS, torch.nan)
-    row = row | {"evaluations": task.spent, "seconds": time.perf_counter() - began}
-    measure = digits.Metrics(dr.load(path))
-    images = dr.generate(sampler, rae, measure.labels, CPU)
-    two = images.unflatten(0, (10, -1))[:, :2].clone()      # of each class: [10,2,28,28,3]
-    dr.save(out / "rivals" / key, partial(torch.save, {"images": two}))
-    return row | measure(images, measure.labels)
+        return run | dict.fromkeys(DECIMALS, np.nan)
+    seconds = round(time.process_time() - began, 1)
+    sampler = partial(dr.one_step, network)
+    if method.nfe > 1:
+        sampler = partial(dr.ode_sample, network, steps=method.nfe + 1)
+    measure = digits.Metrics(checkpoint)
+    images = dr.generate(sampler, rae, measure.labels, cfg)
+    two = {"images": take_two(images)}
+    dr.save(out / "rivals" / f"{key}.pt", partial(torch.save, two))
+    results = measure(images, measure.labels)
+    results = {name: round(value, 5) for name, value in results.items()}
+    return run | results | {"seconds": seconds, "evaluations": task.spent}
 
 
-def jobs_of(args):
-    """-> {key: what distil_and_measure takes} for the chosen methods."""
-    jobs = {}
-    budget = BUDGET // (10 if args.quick else 1) // (4 if args.rates else 1)
-    for seed in range(args.seeds):
-        for method in args.methods:
-            if seed > 0 and method.startswith("teacher"):
-                continue                                    # the teacher is not trained here
-            for lr in CANDIDATES if args.rates else [RATES.get(method, dr.Config.lr)]:
-                key = f"{args.space}-{method}-{seed}-{budget}-{lr}"
-                row = dict(method=method, space=args.space, seed=seed, nfe=NFE.get(method, 1),
-                           budget=budget, lr=lr)
-                jobs[key] = args.teacher, args.out, key, row
-    return jobs
+def take_two(images):
+    """Images sorted by class -> two of each class, [20,28,28,3]."""
+    return images[::len(images) // 20].clone()              # saving a view would save all images
 
 
-def draw_strips(rows, out, path):
-    """One strip per method, of seed 0. In every strip a place belongs to one class and one noise;
-    the real digits have no noise."""
+# ---- The runs. A run is {method, seed, budget, rate}, and its key is a text that says so.
+
+
+def plan_runs(args, rates):
+    """-> {key: run} of the main table or, if `rates` is true, of the table of rates."""
+    planned = {}
+    for method in args.methods:
+        for seed, rate in choose_trials(method, args.seeds, rates):
+            run = {"method": method, "seed": seed, "budget": args.budget, "rate": rate}
+            key = ", ".join(f"{name} {value}" for name, value in run.items())
+            planned[key] = run
+    return planned
+
+
+def choose_trials(method, seeds, rates):
+    """-> [(seed, rate), ...]"""
+    if method not in RATES:
+        return [(0, None)]                                  # the teacher is not trained here
+    rate = RATES[method]
+    if rates:
+        return [(RATES_SEED, float(f"{x:.0e}")) for x in (rate / 3, rate, 3 * rate)]
+    return [(seed, rate) for seed in range(seeds)]
+
+
+def get_runs(planned, args):
+    """-> {key: run with results}: the committed ones or, with --out, computed where missing."""
+    if args.out:
+        jobs = {key: (args.teacher, args.out, key, run) for key, run in planned.items()}
+        return runs.complete(args.out / "rivals.json", args.teacher, jobs, distil_and_measure)
+    done = runs.read_results("rivals")
+    for key in planned:
+        if key not in done:
+            raise dr.UserError(f"no run in {runs.RESULTS / 'rivals.json'} is called {key}: "
+                               "give an --out to make it")
+    return {key: done[key] for key in planned}
+
+
+# ---- Tables and pictures. `done` is {key: run with results}.
+
+
+def find_values(done, method, column="fd"):
+    """-> the method's values in this column, one per run."""
+    return [run[column] for run in done.values() if run["method"] == method]
+
+
+def list_methods(group):
+    return [name for name in METHODS if METHODS[name].group == group]
+
+
+def write_cell(values, decimals=2):
+    return "diverged" if np.isnan(values).any() else runs.cell(values, decimals)
+
+
+def write_rate(rate):
+    return f"{rate:.0e}".replace("e-0", "e-") if rate else ""
+
+
+def show_table(done):
+    """Print the main table. A method is called diverged if one of its seeds did."""
+    lines = []
+    for name, (title, group, nfe, _) in METHODS.items():
+        if find_values(done, name):
+            line = [title, group, str(nfe), write_rate(RATES.get(name))]
+            for column, decimals in DECIMALS.items():
+                line.append(write_cell(find_values(done, name, column), decimals))
+            lines.append(line)
+    runs.print_table(HEADER, lines)
+
+
+def show_rates(done):
+    lines = []
+    for name in RATES:
+        pairs = zip(find_values(done, name), find_values(done, name, "rate"))
+        cells = [f"{write_cell([fd])} at {write_rate(rate)}" for fd, rate in pairs]
+        if cells:
+            lines.append([METHODS[name].title, *cells])
+    print(f"\nDistances at three learning rates, seed {RATES_SEED}:")
+    runs.print_table(["method", "a third of the rate", "the rate", "three times the rate"], lines)
+
+
+def draw_distances(done):
+    """A row per method, below the heading of its group."""
+    rows = []                                               # headings and methods, top to bottom
+    for group in GROUPS:
+        rows += [group, *list_methods(group)]
+    ticks = {-i: METHODS[row].title for i, row in enumerate(rows) if row in METHODS}
+    title = "Fréchet distance to real digits, lower is better. The headings: what the methods see"
+    dots = "small dots: one run each; large dot: their mean"
+    axes = plot.Axes(title, dots, "", (1, 100), (-15, 1), x_log=True, y_ticks=ticks,
+                     size=(820, 470))
+    for i, row in enumerate(rows):
+        distances = find_values(done, row)
+        if row in GROUPS:
+            axes.text(1, -i, row)
+        elif distances:
+            axes.points(np.mean(distances), -i, "#b4c6e4", radius=8)
+            axes.points(distances, -i, plot.COLOURS[0], radius=3)
+    return axes.image()
+
+
+def draw_samples(done, out):
+    """Digits of seed 0, all from one noise, beside real ones; the number is the distance."""
     images, _ = digits.load_digits()
-    strips = {"real": images.unflatten(0, (10, -1))[:, :2]}
-    for key, row in rows.items():
-        if row["seed"] == 0 and row["fd"] > 0:              # not NaN
-            saved = dr.load(out / "rivals" / key)
-            strips[f"{row['method']}, {row['fd']:.2f}"] = saved["images"]
-    tiles = {title: x.transpose(0, 1).flatten(0, 1) for title, x in strips.items()}
-    runs.save_png(path, plot.panels(tiles, rows=2))
+    strips = {"real digits": take_two(images)}
+    for key, run in done.items():
+        title = f"{METHODS[run['method']].title}, {run['fd']:.2f}"
+        if run["method"] in STRIPS and run["seed"] == 0 and run["fd"] > 0:      # not NaN
+            strips[title] = dr.load(out / "rivals" / f"{key}.pt")["images"]
+    return plot.panels(strips, rows=5)
 
 
-def main(argv=None):
+# ---- The command
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default="out", help="folder of all files (default: out)")
+    add("--out", type=Path, help="measure, and write into this folder; without it: print the "
+                                 "tables of toy/results")
     add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, default=1, help="seeds of the distillation (default: 1)")
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    add("--space", choices=("rae", "vae"), default="rae", help="the teacher's own, or a VAE's")
-    add("--quick", action="store_true", help="a tenth of the budget")
-    add("--rates", action="store_true", help="try three learning rates at a quarter of the budget")
+    add("--seeds", type=int, default=SEEDS, help=f"seeds of the table (default: {SEEDS})")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+        help=f"some of {', '.join(METHODS)} (default: all)")
+    add("--quick", action="store_true", help="measure with a tenth of the budget and one seed")
+    add("--rates", action="store_true", help="with --out: measure three learning rates per method")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise dr.UserError("--seeds must be at least 1")
-    args.methods = args.methods or list(RATES if args.rates else METHODS)
-    dr.make_folder(args.out / "rivals")
-    runs.open_teacher(args.teacher)     # refuse a wrong file before the work starts
-    name = "rivals"
-    teacher = args.teacher
-    if args.space == "vae":
-        name = "rivals_vae"
-        teacher = args.out / "vae64.pt"
-        if not teacher.exists():
-            vae.make_vae64(teacher)
-    if args.rates:
-        name += "_rates"
-    jobs = jobs_of(args)
-    rows = runs.complete(args.out / f"{name}.json", teacher, jobs, distil_and_measure)
-    runs.print_means(rows.values(), ["method", "lr", "nfe"], RESULTS)
-    draw_strips(rows, args.out, args.out / f"{name}.png")
+    args.budget = BUDGET
+    if args.quick:
+        args.budget = BUDGET // 10
+        args.seeds = 1
+        args.out = args.out or Path("out")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.out:
+        dr.make_folder(args.out / "rivals")
+        runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
+    if args.out is None or not args.rates:
+        done = get_runs(plan_runs(args, rates=False), args)
+        show_table(done)
+        if args.out:
+            runs.save_png(args.out / "rivals.png", draw_distances(done))
+            runs.save_png(args.out / "rivals_samples.png", draw_samples(done, args.out))
+    if args.out is None or args.rates:
+        done = get_runs(plan_runs(args, rates=True), args)
+        show_rates(done)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The VAE makes the same grid of 2×2 tokens, with an encoder and a decoder of the RAE's size. As in
 latent diffusion, its latents are samples of the posterior; here there is one sample per image.
 """
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 import drift_rae as dr
 from toy import digits
 
-STEPS = (800, 5000)     # of VAE and flow
 KL = 0.01       # weight of the divergence: small, so that images are reconstructed, as in SD-VAE
 
 
@@ -46,16 +44,14 @@ def negative_elbo(vae, images):
 
 
 def vae_space(width, steps):
-    """Train a VAE, whose tokens have `width` numbers, on the digits.
+    """Train a VAE, whose tokens have `width` numbers, on the digits. `width` is at most the RAE's.
 
     -> its Space, and the posterior's means [n,D,2,2].
     """
     images, labels = digits.load_digits()
     pixels = images.permute(0, 3, 1, 2) / 255
-    # The encoder must not be narrower than the latents.
-    dim = max(digits.ENCODER["embed_dim"], width)
-    vit = dr.ViT(**digits.ENCODER | {"embed_dim": dim})
-    encoder = nn.Sequential(vit, nn.Linear(dim, 2 * width))
+    mean_and_log_var = nn.Linear(digits.ENCODER["embed_dim"], 2 * width)
+    encoder = nn.Sequential(dr.ViT(**digits.ENCODER), mean_and_log_var)
     decoder = dr.Decoder(**digits.DECODER | {"latent_dim": width})
     zeros, ones = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     vae = dr.RAE(encoder, decoder, zeros, ones, input_size=28, eps=0)
@@ -66,14 +62,10 @@ def vae_space(width, steps):
 
     digits.fit(vae.parameters(), loss, len(pixels), steps, 2e-3, "VAE")
     vae.requires_grad_(False)
-    mean, _, raw = posterior(vae, pixels)
-    return space_of(decoder, raw, labels), mean
-
-
-def space_of(decoder, raw, labels):
-    mean, var = raw.mean(0), raw.var(0)
-    rae = dr.RAE(None, decoder, mean, var, input_size=28, eps=0, sigmoid=True)
-    return Space(rae, raw, (raw - rae.mean) / rae.std, labels)
+    means, _, raw = posterior(vae, pixels)
+    rae = dr.RAE(None, decoder, raw.mean(0), raw.var(0), input_size=28, eps=0, sigmoid=True)
+    latents = (raw - rae.mean) / rae.std
+    return Space(rae, raw, latents, labels), means
 
 
 def flow_teacher(space, steps, seed=0):
@@ -92,21 +84,3 @@ def ode_path(teacher, z, y):
 
     points.append(dr.ode_sample(record, z, y))
     return torch.stack(points)
-
-
-def make_vae64(path, steps=STEPS):
-    """Train VAE-64 and a flow model in its space; write the file that read_vae64 reads."""
-    torch.manual_seed(0)
-    space, _ = vae_space(64, steps[0])
-    teacher = flow_teacher(space, steps[1])
-    saved = {"ema": teacher.state_dict(), "decoder": space.rae.decoder.state_dict()}
-    saved |= {"raw": space.raw, "labels": space.labels}
-    dr.save(path, partial(torch.save, saved))
-
-
-def read_vae64(path):
-    """-> the flow model and its Space."""
-    saved = dr.load(path)
-    decoder = dr.Decoder(**digits.DECODER | {"latent_dim": 64})
-    dr.load_weights(decoder, saved["decoder"], path)
-    return dr.read_network(saved, path), space_of(decoder, saved["raw"], saved["labels"])
