@@ -1,15 +1,17 @@
 """§3.2 on real digits: is an RAE's space more anisotropic, concentrated and curved than a VAE's?
 
-    python toy/geometry.py [--seeds 1]     a table; OUT has geometry.json, theorem1.json, .png and
-                                           curvature.png
-    python toy/geometry.py --quick         two spaces and few steps: a look, not a result
+    python toy/geometry.py                  print the tables of toy/results/geometry.json
+    python toy/geometry.py --out DIR        measure anew: DIR/geometry.json and two pictures
+    python toy/geometry.py --quick          two spaces, one seed and few steps, into out/
 
-The RAE is that of toy/teacher.pt; toy/vae.py trains the VAEs. In every space a flow model is
-trained and then distilled. Runs are kept in OUT/geometry.json, so an interrupted command continues
-where it stopped.
+RAE-64 is the representation autoencoder (RAE) of toy/teacher.pt, whose tokens are 64 numbers wide.
+toy/vae.py trains two variational autoencoders (VAEs) of the same digits, whose tokens have 16 and
+64 numbers. In each space a flow model, the teacher, is trained, and then distilled into students at
+three learning rates, since the best rate need not be the same in every space. Theorem 1, which says
+why drifting needs concentrated latents, is simulated.
+Runs are kept in DIR/geometry.json, so an interrupted command continues where it stopped.
 """
 import argparse
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drift_rae as dr  # noqa: E402
 from toy import digits, plot, runs, vae  # noqa: E402
 
-VAES = {"VAE-16": 16, "VAE-64": 64, "VAE-128": 128}         # width of their tokens
-DIMS = [2**k for k in range(2, 13)]                         # of Theorem 1: 4, 8, … 4096
-FULL = {"spaces": ["RAE-64", *VAES], "dims": DIMS,
-        "steps": (*vae.STEPS, 100)}                         # of VAE, flow, student
-QUICK = {"spaces": ["RAE-64", "VAE-64"], "dims": DIMS[:9], "steps": (200, 200, 20)}
+SEEDS = 3                               # of the VAEs, flows and students; there is one RAE
+VAES = {"VAE-16": 16, "VAE-64": 64}     # width of their tokens
+RATES = (1e-3, 3e-3, 1e-2)
+STUDENTS = {f"student at rate {lr:g}": lr for lr in RATES}
+FULL = {"spaces": ["RAE-64", *VAES], "seeds": SEEDS,
+        "steps": (800, 3000, 50)}       # of VAE, flow and student
+QUICK = {"spaces": ["RAE-64", "VAE-64"], "seeds": 1, "steps": (200, 200, 20)}
 CPU = dr.Config(device="cpu")           # how samples are drawn: all methods get the same noise
 
 
@@ -39,47 +43,62 @@ def average(rows):
     return means
 
 
+def rounded(content):
+    """Round all numbers in nested dicts and lists to five significant digits."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return float(f"{content:.5g}")
+
+
 # ---- Theorem 1: scattered targets share the weight, and the attraction vanishes
 
-# r, or None for √(3/d), which makes x as long as y; τ; whether τ is in units of the mean distance S
-SETTINGS = {"r = 1, τ = 1": (1.0, 1.0, False), "r = 1, τ = 4": (1.0, 4.0, False),
-            "‖x‖ = ‖y‖, τ = 0.2 S": (None, 0.2, True), "‖x‖ = ‖y‖, τ = 0.05 S": (None, 0.05, True),
-            "‖x‖ = ‖y‖, τ = 0.02 S": (None, 0.02, True)}
+DIMS = [2**k for k in range(2, 13)]     # 4, 8, … 4096
+# For each setting: r, the temperature τ, and whether τ is in units of the mean distance between x
+# and its targets. Where r is None, it is √(3/d), so that x is as long as the positives y.
+SETTINGS = {"r = 1, temperature 1": (1.0, 1.0, False),
+            "r = 1, temperature 4": (1.0, 4.0, False),
+            "x as long as y, temperature 0.2 of the mean distance": (None, 0.2, True),
+            "x as long as y, temperature 0.05 of the mean distance": (None, 0.05, True),
+            "x as long as y, temperature 0.02 of the mean distance": (None, 0.02, True)}
 
 
-def theorem1(d, r, tau, in_mean_distances, queries=64, seed=0):
-    """The field at some of d generated points x ~ U[−r,r]^d; d positives y on the unit sphere.
+def theorem1(d, r, tau, in_mean_distances, seed=0):
+    """The field at 64 of d generated points x ~ U[−r,r]^d; d positives y on the unit sphere.
 
-    According to the theorem the means of v_pos2 and v_neg go to 1 with d. share_pos is 1/Σw², the
-    number of positives that count, divided by d; its mean should go to 1, too.
+    V⁺ is what pulls a query to the positives, and V⁻ is what pushes it from the other x.
+    v_pos2      d·‖V⁺‖²; according to the theorem its mean goes to 1 with d
+    v_neg       ‖V⁻‖/(r/√3); according to the theorem its mean goes to 1, too
+    neg_over_x  ‖V⁻‖ as a share of the mean ‖x‖
+    share_pos   the number of positives that count, 1/Σw², divided by d; uniform weights give 1
     """
     g = torch.Generator().manual_seed(seed)
     r = r or (3 / d)**0.5
     y = F.normalize(torch.randn(d, d, generator=g), dim=-1)
     x = (2 * torch.rand(d, d, generator=g) - 1) * r
-    to_pos = torch.cdist(x[:queries], y)                    # [queries,d]
-    to_neg = torch.cdist(x[:queries], x)
+    to_pos = torch.cdist(x[:64], y)                         # [64,d]
+    to_neg = torch.cdist(x[:64], x)
     if in_mean_distances:
         tau = tau * (to_pos.mean() + to_neg.mean()) / 2
     to_neg.fill_diagonal_(torch.inf)                        # k ≠ j: no sample repels itself
     w_pos = (-to_pos / tau).softmax(-1)
     w_neg = (-to_neg / tau).softmax(-1)
-    attraction, repulsion = w_pos @ y, w_neg @ x
-    table = {"v_pos2": d * attraction.square().sum(-1)}
-    table["v_neg"] = repulsion.norm(dim=-1) / (r / 3**0.5)
+    pull, push = w_pos @ y, w_neg @ x                       # V⁺ and V⁻ of the theorem
+    length = push.norm(dim=-1)
+    table = {"v_pos2": d * pull.square().sum(-1)}
+    table["v_neg"] = length / (r / 3**0.5)
+    table["neg_over_x"] = length / x.norm(dim=-1).mean()
     table["share_pos"] = 1 / w_pos.square().sum(-1) / d
     return table
 
 
-def simulate(dims):
-    """One row per setting and d, each a mean over 256 queries."""
-    rows = []
-    for setting, arguments in SETTINGS.items():
-        for d in dims:
-            seeds = range(256 // min(64, d))
-            draws = [theorem1(d, *arguments, seed=seed) for seed in seeds]
-            rows.append({"setting": setting, "d": d} | average(draws))
-    return rows
+def simulate(job):
+    """job: the setting's name and d -> means over 256 queries."""
+    setting, d = job
+    seeds = range(256 // min(64, d))
+    draws = [theorem1(d, *SETTINGS[setting], seed=seed) for seed in seeds]
+    return rounded(average(draws))
 
 
 # ---- Tables 1 and 2: how the latents are spread
@@ -92,10 +111,12 @@ def kernel(a, b):
 
 
 def statistics(x):
-    """Of n samples of one class at each of L tokens, x [L,n,d] -> four numbers per token, [L] each.
+    """n samples of one class at each of L tokens, x [L,n,d] -> four numbers per token, [L] each.
 
-    PR and SE lie between 1/d and 1, where 1 is isotropic. A concentrated class has a small NN-d
-    and a large S-MMD.
+    PR     participation ratio of the covariance's eigenvalues, from 1/d to 1, which is isotropic
+    SE     spectral entropy of these eigenvalues, with the same range
+    NN-d   mean distance to the nearest sample; it is small where a class is concentrated
+    S-MMD  how far the samples are from points spread evenly on a sphere; large if concentrated
     """
     x = x - x.mean(1, keepdim=True)
     d = x.shape[2]
@@ -120,188 +141,262 @@ def class_statistics(latents, labels):
 
 
 def token_statistics(raw, labels):
-    """class_statistics of the normalised latents, and then of the raw ones."""
+    """class_statistics of the latents as the encoder gives them, and of normalised ones."""
     normalised = (raw - raw.mean(0)) / raw.std(0)
-    table = class_statistics(normalised, labels)
-    table_raw = class_statistics(raw, labels)
-    return table | {f"{name} raw": value for name, value in table_raw.items()}
+    table = {}
+    for kind, latents in {"raw": raw, "normalised": normalised}.items():
+        for name, value in class_statistics(latents, labels).items():
+            table[f"{name}, {kind}"] = value
+    return table
 
 
 # ---- Figure 1: how the teacher's paths bend
 
+TIMES = 1 - torch.linspace(0, 0.999, 50)[1:-1]  # t of the inner points of ode_sample's grid
+# The curvature is averaged over these t. The range was fixed before the committed runs were made.
+# Near t = 1 the flow has hardly been trained, because a training time is the sigmoid of a normal
+# number, and 0.2 % of these lie above 0.95. Near t = 0 a step of the grid is large relative to
+# the rest of the path.
+RANGE = (0.05, 0.95)
+
 
 def curvature(path):
-    """K points [K,n,…] of n curves, at equal steps of time.
+    """K points [K,n,…] of n curves, at equal steps of time -> κ at the inner points [K−2,n].
 
-    -> κ = ‖x''⊥‖/‖x'‖² at the inner points [K−2,n], the angle that each curve turns in all [n].
+    κ = ‖x''⊥‖/‖x'‖², where x''⊥ is the part of the acceleration across the curve.
     """
     x = path.flatten(2).double()
     before, now, after = x[:-2], x[1:-1], x[2:]
     v = (after - before) / 2                                # the step of time cancels in κ
     a = after - 2 * now + before
-    along = (a * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
-    a = a - along * v                                       # the part across the curve
-    speed = v.norm(dim=-1)
-    turn = a.norm(dim=-1) / speed                           # radians per step
-    return turn / speed, turn.sum(0)
+    squared_speed = v.square().sum(-1, keepdim=True)
+    along = (a * v).sum(-1, keepdim=True) / squared_speed
+    across = a - along * v
+    return across.norm(dim=-1) / squared_speed.squeeze(-1)
 
 
-def flow_curvature(teacher, shape):
-    """Of 32 paths: mean, 10th and 90th percentile of κ·√dimensions over t [3,48]; means over t."""
+def curvature_band(teacher, shape):
+    """κ·√dimensions of 32 paths: its mean, 10th and 90th percentile at each of TIMES, [3,48].
+
+    Noise has about the length √dimensions. In units of this length, the number is a curvature that
+    may be compared between spaces of different dimensions.
+    """
     z = torch.randn(32, *shape)
     y = torch.arange(32) % 10
-    kappa, angle = curvature(vae.ode_path(teacher, z, y))
-    scaled = kappa * math.prod(shape)**0.5                  # radians per length of the noise
+    kappa = curvature(vae.ode_path(teacher, z, y))
+    scaled = kappa * z[0].numel()**0.5
     band = [scaled.mean(1), scaled.quantile(0.1, 1), scaled.quantile(0.9, 1)]
-    means = average([{"κ": kappa, "κ·√dimensions": scaled, "degrees turned": angle.rad2deg()}])
-    return torch.stack(band).tolist(), means
+    return torch.stack(band)
 
 
-# ---- One space: statistics, a flow model and its paths, a student
+def curvature_means(values):
+    """The curvature at TIMES -> its mean over the t in RANGE, and over all t."""
+    low, high = RANGE
+    inside = values[(low < TIMES) & (TIMES < high)]
+    return {f"curvature, t from {low} to {high}": inside.mean().item(),
+            "curvature, all t": values.mean().item()}
 
 
-def open_space(name, path, steps):
-    """-> the Space, {name: latents whose statistics are of interest}, the posterior's share.
+# ---- One space: statistics, a flow model and its paths, students
 
-    The posterior's share is the part of the latents' variance that its noise makes.
+
+def open_space(name, path, vae_steps):
+    """-> the Space, and what the noise of a VAE's posterior does to the latents ({} for the RAE).
+
+    The posterior's means are the latents without that noise.
     """
     if name in VAES:
-        space, mean = vae.vae_space(VAES[name], steps)
-        views = {name: space.raw, f"{name}, posterior mean": mean}
+        space, mean = vae.vae_space(VAES[name], vae_steps)
+        nn_d = class_statistics(mean, space.labels)["NN-d"]
         explained = (mean / space.rae.std).var(0).mean().item()
-        share = 1 - explained
-    else:
-        _, rae, checkpoint = runs.open_teacher(path)
-        latents = checkpoint["latents"].float()
-        space = vae.Space(rae, latents * rae.std + rae.mean, latents, checkpoint["labels"])
-        views = {name: space.raw}
-        share = math.nan                                    # an RAE has no posterior
-    views["N(0, I)"] = torch.randn_like(space.latents)
-    return space, views, share
+        return space, {"NN-d of the posterior's means, raw": nn_d,
+                       "posterior's noise, share of the variance": 1 - explained}
+    _, rae, checkpoint = runs.open_teacher(path)
+    latents = checkpoint["latents"].float()
+    raw = latents * rae.std + rae.mean
+    return vae.Space(rae, raw, latents, checkpoint["labels"]), {}
 
 
 def study(job):
     """Everything about one space with one seed. job: its name, seed, the teacher's path, steps."""
-    name, seed, path, steps = job
+    name, seed, path, (vae_steps, flow_steps, student_steps) = job
     torch.manual_seed(seed)
-    metrics = digits.Metrics(dr.load(path))
-    space, views, share = open_space(name, path, steps[0])
-    tables = {view: token_statistics(x, space.labels) for view, x in views.items()}
-    teacher = vae.flow_teacher(space, steps[1], seed)
-    cfg = dr.Config(device="cpu", seed=seed, steps=steps[2])
-    student = runs.distilled(teacher, space.latents, space.labels, cfg)
-    samplers = {"teacher, 50 steps": partial(dr.ode_sample, teacher),
-                "teacher, 1 step": partial(dr.one_step, teacher),
-                "distilled": partial(dr.one_step, student)}
-    rebuilt = dr.to_uint8(space.rae.decode(space.latents[::2]))
-    methods = {"autoencoder": metrics(rebuilt, space.labels[::2])}
+    space, posterior = open_space(name, path, vae_steps)
+    numbers = token_statistics(space.raw, space.labels) | posterior
+    teacher = vae.flow_teacher(space, flow_steps, seed)
+    band = curvature_band(teacher, space.rae.mean.shape)
+    numbers |= curvature_means(band[0])
+    samplers = {"teacher, 49 evaluations": partial(dr.ode_sample, teacher),
+                "teacher, 1 evaluation": partial(dr.one_step, teacher)}
+    for method, lr in STUDENTS.items():
+        cfg = dr.Config(device="cpu", seed=seed, steps=student_steps, lr=lr)
+        try:
+            student = runs.distilled(teacher, space.latents, space.labels, cfg)
+            samplers[method] = partial(dr.one_step, student)
+        except dr.UserError:            # train_step: the gradient is NaN or infinite
+            numbers[f"Fréchet, {method}"] = float("inf")
+    measure = digits.Metrics(dr.load(path))
+    images = {"autoencoder": dr.to_uint8(space.rae.decode(space.latents[::2]))}
     for method, sampler in samplers.items():
-        images = dr.generate(sampler, space.rae, metrics.labels, CPU)
-        methods[method] = metrics(images, metrics.labels)
-    band, means = flow_curvature(teacher, space.rae.mean.shape)
-    means["posterior's share"] = share
-    return {"space": name, "statistics": tables, "methods": methods, "band": band, "path": means}
+        images[method] = dr.generate(sampler, space.rae, measure.labels, CPU)
+    metrics = {}
+    for method in images:
+        metrics[method] = measure(images[method], measure.labels)
+        numbers[f"Fréchet, {method}"] = metrics[method].pop("fd")
+    return rounded({"numbers": numbers, "metrics": metrics, "band": band.tolist()})
 
 
-# ---- Pictures and the table
+# ---- Tables and pictures
 
-PAPER = {
-    "paper: SD-VAE": [{"PR raw": 0.2068, "SE raw": 0.378, "NN-d raw": 4.308, "S-MMD raw": 0.00576}],
-    "paper: RAE": [{"PR raw": 0.0630, "SE raw": 0.2110, "NN-d raw": 1.0664, "S-MMD raw": 0.07913}]}
-PAPER_CURVATURE = {                     # κ of Figure 1, times √dimensions
-    "paper: RAE, κ = 1e-3": 1e-3 * (16 * 16 * 768)**0.5,
-    "paper: SD-VAE, κ = 1e-5": 1e-5 * (32 * 32 * 4)**0.5}
+# The paper's SD-VAE and RAE. In Figure 1, κ is about 1e-5 and 1e-3; here it is multiplied by the
+# roots of the dimensions, √(32·32·4) and √(16·16·768).
+PAPER = {"PR, raw": ["0.2068", "0.0630"], "SE, raw": ["0.3781", "0.2110"],
+         "NN-d, raw": ["4.3083", "1.0664"], "S-MMD, raw": ["0.00576", "0.07913"],
+         "curvature, all t": ["0.0006", "0.44"]}
+THEOREM = {"v_pos2": "squared length of the pull, relative to 1/d",
+           "v_neg": "length of the push, relative to r/√3",
+           "neg_over_x": "length of the push, relative to ‖x‖",
+           "share_pos": "share of the positives that count"}
 
 
-def draw_theorem1(rows, dims, path):
+def values_of(seeds):
+    """The runs of one space -> {row of the table: its values, one per seed}."""
+    rows = {}
+    for name in seeds[0]["numbers"]:
+        rows[name] = [run["numbers"][name] for run in seeds]
+    return rows
+
+
+def print_spaces(studies):
+    """Print one row per measure and one column per space, over the seeds."""
+    columns = [values_of(seeds) for seeds in studies.values()]
+    lines = []
+    for name in columns[-1]:            # the last space is a VAE, which has all rows
+        decimals = 2 if name.startswith("Fréchet") else 4
+        cells = [runs.cell(rows[name], decimals) if name in rows else "" for rows in columns]
+        lines.append([name, *cells, *PAPER.get(name, ["", ""])])
+    runs.print_table(["", *studies, "paper: SD-VAE", "paper: RAE"], lines)
+
+
+def print_best(studies):
+    """Print how near the students come to their teachers, with the best rate in each space."""
+    lines = []
+    for space, seeds in studies.items():
+        rows = values_of(seeds)
+        best = min(STUDENTS, key=lambda name: np.mean(rows[f"Fréchet, {name}"]))
+        student, teacher = rows[f"Fréchet, {best}"], rows["Fréchet, teacher, 49 evaluations"]
+        gap = np.subtract(student, teacher)
+        cells = [runs.cell(values) for values in (student, teacher, gap)]
+        lines.append([space, f"{STUDENTS[best]:g}", *cells])
+    runs.print_table(["", "best rate", "student", "teacher", "student minus teacher"], lines)
+
+
+def print_theorem(theorem):
+    """Print one row per setting; a cell has the numbers for three d."""
+    three = slice(2, None, 4)                               # d = 16, 256, 4096
+    lines = []
+    for setting, rows in theorem.items():
+        cells = [", ".join(f"{row[name]:.3f}" for row in rows[three]) for name in THEOREM]
+        lines.append([setting, *cells])
+    runs.print_table([f"d = {DIMS[three]}", *THEOREM.values()], lines)
+
+
+def draw_theorem(theorem):
+    """Pull and push over d, with one line per setting."""
+    colours = dict(zip(theorem, plot.COLOURS))
     charts = []
-    titles = {"v_pos2": "d·E‖V⁺‖²: 1 is an attraction of length 1/√d",
-              "v_neg": "repulsion E‖V⁻‖ / (r/√3)", "share_pos": "share of the positives that count"}
-    for name, title in titles.items():
-        x_label = "dimensions d, and samples; black: Theorem 1"
-        axes = plot.Axes("", x_label, title, (dims[0], dims[-1]), (0.04, 40), x_log=True,
-                         y_log=True, size=(480, 400), font=16)
-        axes.line(dims, np.ones(len(dims)), "#000000")
-        for i, setting in enumerate(SETTINGS):
-            values = [row[name] for row in rows if row["setting"] == setting]
-            axes.line(dims, values, plot.COLOURS[i])
-            if name == "share_pos":
-                axes.text(dims[0], 24 / 1.6**i, setting, plot.COLOURS[i])
+    for name in ("v_pos2", "v_neg"):
+        d_limits = DIMS[0], DIMS[-1]
+        axes = plot.Axes(THEOREM[name], "dimensions d", "", d_limits, (0.7, 40), x_log=True,
+                         y_log=True, size=(480, 380))
+        axes.line(DIMS, np.ones(len(DIMS)), "#000000")
+        for setting, colour in colours.items():
+            axes.line(DIMS, [row[name] for row in theorem[setting]], colour)
         charts.append(axes.image())
-    runs.save_png(path, plot.sheet(charts, 3))
+    limit = "black: Theorem 1's limit (x in [-r, r]^d is pushed by the other x and pulled by y)"
+    note = plot.note({limit: "#000000"} | colours, (960, 150))
+    return plot.sheet([plot.sheet(charts, 2), note], 1)
 
 
-def draw_curvature(studies, spaces, path):
-    title = "Curvature of the teacher's paths: their mean, and 80 % of them"
-    y_label = "κ·√dimensions: radians per length of the noise"
-    legend = dict(zip(spaces, plot.COLOURS))
-    axes = plot.Axes(title, "t (1: noise, 0: data)", y_label, (0, 1), (3e-4, 30), y_log=True,
-                     legend=legend, size=(820, 480))
-    t = 1 - np.linspace(0, 0.999, 50)[1:-1]
-    for space, colour in legend.items():
-        bands = [row["band"] for row in studies if row["space"] == space]
-        mean, low, high = np.mean(bands, 0)
-        axes.line(t, mean, colour, low, high)
-    for name, value in PAPER_CURVATURE.items():
-        axes.diamonds(0.5, value)
-        axes.text(0.51, value, name)
-    runs.save_png(path, axes.image())
+def draw_curvature(studies):
+    """The curvature over t. The black lines mark RANGE."""
+    legend = dict(zip(studies, plot.COLOURS))
+    bands = [np.mean([run["band"] for run in seeds], 0) for seeds in studies.values()]
+    limits = np.min(bands) / 1.1, np.max(bands) * 1.1
+    title = "Curvature of the flow models' paths; line: mean, band: 80 % of the paths"
+    x_label = "time t (1: noise, 0: data); the table averages between the black lines"
+    y_label = "radians per length of the noise"
+    axes = plot.Axes(title, x_label, y_label, (0, 1), limits, y_log=True, legend=legend,
+                     size=(820, 480))
+    for (mean, low, high), colour in zip(bands, plot.COLOURS):
+        axes.line(TIMES, mean, colour, low, high)
+    for t in RANGE:
+        axes.line([t, t], limits, "#000000")
+    return axes.image()
 
 
-def three_digits(values):
-    """The values of the seeds as the text of a cell, with three significant digits."""
-    mean = np.mean(values)
-    if np.isnan(mean):
-        return ""
-    decimals = 2 - int(np.floor(np.log10(abs(mean) + 1e-9)))
-    return runs.cell(values, max(0, decimals))
+# ---- The command
 
 
-def print_measures(studies, spaces):
-    """Print a table with one row per measure and one column per space, over the seeds."""
-    columns = {space: [] for space in spaces}
-    for row in studies:
-        column = row["statistics"][row["space"]] | row["path"]
-        for method, metrics in row["methods"].items():
-            column[f"Fréchet, {method}"] = metrics["fd"]
-        columns[row["space"]].append(column)
-    measures = list(column)             # all columns but the paper's have the same ones
-    columns |= PAPER
-    rows = []
-    for measure in measures:
-        cells = [measure]
-        for seeds in columns.values():
-            values = [seed.get(measure, math.nan) for seed in seeds]
-            cells.append(three_digits(values))
-        rows.append(cells)
-    runs.print_table(["", *columns], rows)
+def plan(args):
+    """-> what `simulate` takes and what `study` takes, {key: job} each."""
+    settings = {f"Theorem 1, {name}, d = {d}": (name, d) for name in SETTINGS for d in DIMS}
+    spaces = {}
+    for seed in range(args.seeds):
+        for name in args.spaces:
+            key = f"{name}, seed {seed}, steps {args.steps}"
+            spaces[key] = name, seed, args.teacher, args.steps
+    return settings, spaces
+
+
+def gather(jobs, done):
+    """-> {setting: its results, one per d}, or {space: its results, one per seed}."""
+    results = {}
+    for key, (name, *_) in jobs.items():
+        if key not in done:
+            raise dr.UserError(f"no run in {runs.RESULTS / 'geometry.json'} is called {key}: "
+                               "give an --out to make it")
+        results.setdefault(name, []).append(done[key])
+    return results
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="measure, and write into this folder; without it: print the "
+                                 "tables of toy/results")
+    add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
+    add("--seeds", type=int, help="seeds per space (default: 3; with --quick 1)")
+    add("--quick", action="store_true", help="measure two spaces, with one seed and few steps")
+    args = parser.parse_args(argv)
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.quick and args.out is None:
+        args.out = Path("out")
+    if args.seeds < 1:
+        raise dr.UserError("--seeds must be at least 1")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default="out", help="folder of what is written (default: out)")
-    add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, default=1, help="seeds of VAEs, flows and students (default: 1)")
-    add("--quick", action="store_true", help="two spaces and few steps: a look, not a result")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        raise dr.UserError("--seeds must be at least 1")
-    size = QUICK if args.quick else FULL
-    dr.make_folder(args.out)
-    runs.open_teacher(args.teacher)     # refuse a wrong file before the work starts
-    theorem = simulate(size["dims"])
-    draw_theorem1(theorem, size["dims"], args.out / "theorem1.png")
-    runs.save_json(args.out / "theorem1.json", theorem)
-    jobs = {}
-    for seed in range(args.seeds):
-        for name in size["spaces"]:
-            key = f"{name}, seed {seed}, steps {size['steps']}"
-            jobs[key] = name, seed, args.teacher, size["steps"]
-    done = runs.complete(args.out / "geometry.json", args.teacher, jobs, study)
-    studies = list(done.values())
-    draw_curvature(studies, size["spaces"], args.out / "curvature.png")
-    print_measures(studies, size["spaces"])
+    args = parse(argv)
+    settings, spaces = plan(args)
+    if args.out is None:
+        done = runs.read_results("geometry")
+    else:
+        dr.make_folder(args.out)
+        runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
+        file = args.out / "geometry.json"
+        done = runs.complete(file, args.teacher, settings, simulate)
+        done |= runs.complete(file, args.teacher, spaces, study)
+    theorem, studies = gather(settings, done), gather(spaces, done)
+    print_spaces(studies)
+    print_best(studies)
+    print_theorem(theorem)
+    if args.out:
+        runs.save_png(args.out / "theorem1.png", draw_theorem(theorem))
+        runs.save_png(args.out / "curvature.png", draw_curvature(studies))
 
 
 if __name__ == "__main__":
