@@ -41,7 +41,7 @@ def interrupt_after_first_run(out, teacher):
 
 @pytest.fixture(scope="module")
 def out(teacher, tmp_path_factory):
-    """Table 3, interrupted after its first run; then Table 3 again, guidance and Table 9."""
+    """Table 3, interrupted after its first run; then Table 3 again, guidance and later steps."""
     out = tmp_path_factory.mktemp("ablation with space ü")
     err = interrupt_after_first_run(out, teacher)
     assert "interrupted" in err and "Traceback" not in err, err
@@ -51,23 +51,23 @@ def out(teacher, tmp_path_factory):
     first = next(iter(half["runs"].values()))
     first["0.0"]["fd"] = 123.0                      # would be lost if it were run again
     path.write_text(json.dumps(half))
-    run(out, teacher, "--rows", "3", "guidance", "9")
+    run(out, teacher, "--rows", "3", "guidance", "later")
     assert half["runs"].items() <= saved(out).items()
     return out
 
 
 def test_equal_rows_are_one_run(out):
-    """C stands in all three tables, and is guided after its training."""
+    """C stands in both tables, and is guided after its training."""
     done = saved(out)
-    assert len(done) == 5                           # A, B, C, scratch, decode–encode
+    assert len(done) == 3 + 4                       # A, B, C, and four times the steps
     weights = sorted(len(metrics) for metrics in done.values())
-    assert weights == [1, 1, 1, 1, 5]
+    assert weights == 6 * [1] + [5]
     for metrics in done.values():
         assert all(0 <= m["precision"] <= 1 for m in metrics.values())
 
 
 @pytest.mark.parametrize("flags, missing",
-                         [([], 31 - 5), (["--steps", "2"], 31), (["--seeds", "3"], 85 - 5)])
+                         [([], 26 - 7), (["--steps", "2"], 26), (["--seeds", "2"], 52 - 7)])
 def test_other_steps_and_seeds_are_other_runs(out, flags, missing):
     jobs = ablation.plan(ablation.parse([*FLAGS, *flags]))
     assert len(jobs.keys() - saved(out).keys()) == missing
@@ -91,6 +91,16 @@ def test_a_wrong_teacher_is_refused(out, teacher, tmp_path):
         assert words in said
 
 
+def test_without_out_the_committed_tables_are_printed(monkeypatch, tmp_path, out, capsys):
+    monkeypatch.setattr(runs, "RESULTS", out)
+    helpers.run(*FLAGS, "--rows", "3", main=ablation.main)
+    printed = capsys.readouterr().out
+    fd = [metrics["0.0"]["fd"] for metrics in saved(out).values()]
+    assert f"{fd[0]:.2f}" in printed
+    said = helpers.refusal(*FLAGS, "--rows", "7", main=ablation.main)
+    assert "--out" in said and "n_pos=128" in said
+
+
 def results_of(table, fds):
     """What `gather` gives for these Fréchet distances, one list per row; all else is 0.5."""
     results = {}
@@ -101,16 +111,17 @@ def results_of(table, fds):
 
 def test_gather_finds_each_rows_values():
     """They are those of its own run and guidance, in the order of the seeds."""
-    args = ablation.parse([])
+    args = ablation.parse(["--seeds", "3"])
     done = {}
-    for key, row, cfg in ablation.runs_of(["guidance", "3"], args):
-        metrics = dict.fromkeys(ablation.METRICS, 0.5)
-        fd = cfg.n_extra_neg + cfg.seed + row.guidance
-        done.setdefault(key, {})[str(row.guidance)] = metrics | {"fd": fd}
+    for table in ("guidance", "3"):
+        for key, row, cfg in ablation.runs_of(table, args):
+            metrics = dict.fromkeys(ablation.METRICS, 0.5)
+            fd = cfg.n_extra_neg + cfg.seed + row.guidance
+            done.setdefault(key, {})[str(row.guidance)] = metrics | {"fd": fd}
     table_3 = ablation.gather("3", args, done)
     guidance = ablation.gather("guidance", args, done)
     assert table_3["B: Eq. (11), (12)"]["fd"] == [0, 1, 2]
-    assert table_3["C: B at 256/64+192"]["fd"] == [192, 193, 194]
+    assert table_3["C: B with 256/256"]["fd"] == [192, 193, 194]
     assert guidance["w = 0.4"]["fd"] == [192.4, 193.4, 194.4]
     assert guidance["w = 0.4"]["recall"] == [0.5, 0.5, 0.5]
 
@@ -119,25 +130,47 @@ def test_a_table_names_what_is_better_in_every_seed(capsys):
     """In the mean B and C are better than A by the same amount, but only C is so in every seed."""
     fds = [1, 2, 3], [0.1, 2.3, 3], [0.79, 1.8, 2.81]
     ablation.show({"3": results_of("3", fds)})
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    a, b, c = [line.strip("| ").split(" | ") for line in lines]
-    assert a[1:4] == ["3", "2.00 ± 1.00", "0.500 ± 0.000"]
-    assert a[-3:] == ["", "reference", "2.01"]
-    assert b[-3].startswith("-0.20") and b[-2] == ""
-    assert c[-3:] == ["-0.20 ± 0.02", "better", "1.77"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    a, b, c = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[-3:]]
+    assert a[1:3] == ["2.00 ± 1.00", "0.500 ± 0.000"]
+    assert a[-4:] == ["", "", "", "2.01"]
+    assert b[-4] == "-0.20" and b[-2] == ""
+    assert c[-4] == "-0.20" and c[-2:] == ["better", "1.77"]
 
 
-def test_the_interval_is_students_over_pairs():
-    x, y = np.random.default_rng(0).normal(size=(2, 5))
-    mean = sum(x - y) / 5
-    variance = sum((x - y - mean)**2) / 4
-    half = 2.7764451 * np.sqrt(variance / 5)        # Student's t at 97.5 %, df = 4
-    assert np.allclose(ablation.paired(x, y)[:2], (mean, half), rtol=1e-6)
+def test_the_corrected_intervals_are_students_at_holms_levels():
+    """Two of three differences are real. Holm tests them at 0.05/3 and 0.05/2, the last at 0.05."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=8)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    found = ablation.holm({"none": 0.1 + noise, "small": 1.5 + noise, "large": noise - 4})
+    half = {"large": 3.12764, "small": 2.84124, "none": 2.36462}    # of Student's t, 7 degrees
+    centre = {"large": -4, "small": 1.5, "none": 0.1}
+    for name, t in half.items():
+        low, high, _ = found[name]
+        assert (low, high) == pytest.approx((centre[name] - t / 8**0.5, centre[name] + t / 8**0.5),
+                                            abs=1e-4)
+    assert [found[name][2] for name in half] == ["better", "worse", ""]
 
 
-def test_one_seed_and_nan_give_no_verdict():
-    assert ablation.paired([1], [2])[2] == ""
-    assert ablation.paired([np.nan, 1], [2, 2])[2] == ""
+def test_holm_stops_at_the_first_difference_that_fails():
+    """Each would pass alone at 0.05, but the smallest p-value fails at 0.05/2."""
+    x = np.array([1.0, 2, 3, 4, 5, 6, 7, 8])
+    noise = x - x.mean()
+    found = ablation.holm({"a": noise + 2.2, "b": noise + 2.15})
+    assert found["a"][2] == found["b"][2] == ""
+    assert ablation.holm({"a": noise + 2.2})["a"][2] == "worse"
+
+
+def test_one_seed_and_nan_give_no_interval():
+    assert ablation.holm({"a": np.array([1.0]), "b": np.array([np.nan, 1.0])}) == {}
+
+
+def test_kendalls_order_is_one_for_the_papers_order_and_less_for_another():
+    same = results_of("7", [[float(i)] for i in range(7)])
+    assert ablation.order("7", same) == pytest.approx((1, 2 / 5040))
+    swapped = results_of("7", [[float(i)] for i in (1, 0, 2, 3, 4, 5, 6)])
+    assert ablation.order("7", swapped)[0] == pytest.approx(1 - 4 / 42)
 
 
 def test_a_run_that_diverges_is_kept_as_nan(teacher):
@@ -148,10 +181,10 @@ def test_a_run_that_diverges_is_kept_as_nan(teacher):
 
 
 def test_a_row_of_nan_can_be_drawn_and_printed():
-    fds = [[1.0]] * 6 + [[np.nan]]
+    fds = [[1.0, 2.0]] + 5 * [[2.0, 2.5]] + [[np.nan, 1.0]]
     results = results_of("7", fds)
     ablation.show({"7": results})
-    assert ablation.panel("7", results).width
+    assert ablation.draw_differences({"7": results}).width
 
 
 def test_decode_encode_drifts_nowhere_for_a_perfect_generator(teacher):

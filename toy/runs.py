@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,14 @@ from tqdm import tqdm
 
 import drift_rae as dr
 
+RESULTS = Path(__file__).with_name("results")     # what the pages' tables are printed from
+
 # ---- Runs
+
+
+def read_results(name):
+    """-> the runs {key: run} of the committed file toy/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["runs"]
 
 
 def complete(path, teacher, jobs, work, workers=None):
@@ -149,7 +157,12 @@ def mean_sd(values):
 
 
 def cell(values, digits=2):
-    """The text "mean ± standard deviation" over the seeds. Of one seed it is the value."""
+    """The text "mean ± standard deviation" over the seeds. Of one seed it is the value.
+
+    Where one seed is far off, a mean would say little. Then the text lists the seeds' values.
+    """
+    if max(values) > 3 * np.median(values) > 0:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
     mean, sd = mean_sd(values)
     text = f"{mean:,.{digits}f}"
     return text if np.isnan(sd) else f"{text} ± {sd:.{digits}f}"
