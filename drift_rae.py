@@ -15,9 +15,9 @@ first samples are blurs near the mean of their class. The start matters all the 
 weights training fails (Table 9: FID 100). Nothing else of the teacher is used, neither its samples
 nor its trajectories. Instead, each generated token is pulled towards real tokens of the same class
 and grid position, and pushed away from the other generated tokens there. Pull minus push is the
-drift V. Where real and generated tokens are distributed alike, V averages to zero. V is normalised
-before it is used, so the updates do not shrink as V does. Only the decaying learning rate brings
-the student to rest, after a fixed number of steps.
+drift V. Where real and generated tokens are distributed alike, only the noise of finite batches is
+left of V. Normalising V makes this noise as large as any other V, so the updates never shrink by
+themselves. The decaying learning rate and the moving average of the weights even them out.
 
 One training step (the paper's three modifications of Deng et al., arXiv 2602.04770, are marked):
     for each class y of this step:
@@ -30,9 +30,9 @@ One training step (the paper's three modifications of Deng et al., arXiv 2602.04
         for τ in 0.02 S, 0.05 S, 0.2 S:                        the temperatures
             at every grid position:
                 x  = gen + τ·n                 modification 2  Eq. (12)
-                w+ = softmax(-|x - pos| / τ)   modification 1  sums to 1 over pos
-                w- = softmax(-|x - neg| / τ)                   over neg: (gen, extra) but x's own
-                V  = Σ w+·pos - Σ w-·neg       Eq. (11)        (both w sum to 1, so x cancels)
+                w+ = softmax(-|x - pos| / τ)   modification 1  over pos only; Deng et al. normalise
+                w- = softmax(-|x - neg| / τ)                   over all targets and over gen, too
+                V  = Σ w+·pos - Σ w-·neg       Eq. (11)        neg: (gen, extra) but not x's own
             drift += V / rms(V)                                rms over all samples and positions
         loss = |g - stop_gradient(g + drift)|²                 Eq. (10), g: gen in units of S/√D
     average the gradients over the classes, clip, AdamW, moving average of the weights
@@ -41,13 +41,13 @@ Commands (README.md has more):
     python drift_rae.py --teacher ckpt.pt             distils a teacher that toy/digits.py made
     python drift_rae.py --preset imagenet256 --data DIR      the paper's run, with released weights
     python drift_rae.py --sample 100 --to a.png       draws from out/student.pt
-Sections 1 to 4 are the method; you can stop there.
+Sections 1 to 4 are the method; you can stop there (5 RAE, 6 DiT^DH, 7 Data, 8 Files, 10 Command).
     1 Configuration  Table 8             Config, PRESETS
     2 Drifting       Eq. (5), (10)-(12)  drift_field, laplace_noise, drift_loss, tokens
     3 Flow           Eq. (1)-(4), (8)    one_step, flow_matching_loss, ode_sample
     4 Distillation   §4                  class_loss, train_step, distil
-    5 RAE, 6 DiT^DH, 7 Data, 8 Checkpoints, 10 Command; Theorem 1 is in toy/geometry.py
     9 Variants       Tables 3, 5, 6, 7   the flags that give their rows; y_softmax_field, guide
+Elsewhere: eval_fid.py (FID), toy/geometry.py (§3.2, Theorem 1), toy/runs.py (field of Prop. 1).
 Latents are [B,D,h,w] outside the loss, [L,N,D] inside it: L grid positions, N samples, width D.
 """
 import dataclasses
@@ -91,7 +91,7 @@ def option(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    # The method: the paper's values, or the digits' where PRESETS["imagenet256"] differs.
+    # The method. These are the paper's values, unless PRESETS["imagenet256"] names another one.
     n_class: int = option(10, "classes per step; their gradients are averaged")
     n_neg: int = option(64, "generated samples per class with gradient: these are trained")
     n_extra_neg: int = option(192, "generated samples per class that only serve as negatives")
@@ -141,7 +141,7 @@ PRESETS = {"digits": {}, "imagenet256": dict(
 
 def distances(x, y):
     """Euclidean distances between x [L,N,D] and y [L,M,D] -> [L,N,M]."""
-    x_squared = x.norm(dim=-1).square().unsqueeze(2)         # [L,N,1]
+    x_squared = x.norm(dim=-1).square().unsqueeze(2)         # [L,N,1]; faster than x.square().sum
     y_squared = y.norm(dim=-1).square().unsqueeze(1)         # [L,1,M]
     squared = x_squared + y_squared - 2 * x @ y.mT
     return squared.clamp(min=1e-8).sqrt()                    # rounding can make it negative
@@ -155,8 +155,8 @@ def drift_field(x, pos, neg, tau, noise=None):
     neg   [L,M,D]  negatives: generated tokens; the first N rows are x itself
     tau            temperature of the kernel exp(−distance / tau), in latent units
     noise [L,N,D]  the perturbation of Eq. (12), or None; pos and neg stay clean
-    Prop. 1: if each displacement were divided by its length, V would be tau times the gradient of
-    log(density of pos / density of neg). Eq. (11) does not divide; toy/runs.py has that field.
+    Prop. 1: if each displacement (target − query) were divided by its length, V would be tau times
+    the gradient of log(q / p). The kernel smooths pos to the density q, and neg to p.
     """
     query = x if noise is None else x + noise
     logits_pos = -distances(query, pos) / tau                # [L,N,P]
@@ -186,16 +186,17 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
 
     gen [L,N,D] has gradient; pos [L,P,D]; extra_neg [L,E,D] or None (modification 3).
     The paper fixes no units. We take Deng et al.'s: S, the mean distance, for tau and the noise,
-    and S/√D for gen (there a typical pair differs by about 1 in each coordinate). The paper also
-    averages the losses over the temperatures and sums them over samples. We add up the Ṽ and take
-    means: the gradient differs by a factor, which AdamW ignores but the clipping does not.
-    Because Ṽ is normalised, the value of the loss is nearly constant and only its gradient
-    matters. Watch the size of V in info instead ("V_0.02" at temperature 0.02; "scale" is S)."""
+    and S/√D for gen (in these units a typical pair differs by about 1 in each coordinate).
+    The gradient is −2Ṽ with respect to gen/unit. The paper averages the losses of the temperatures
+    and sums over samples and positions. We add up the Ṽ and take means: the same direction, times
+    a constant. AdamW ignores a constant, but the clipping does not.
+    Because each Ṽ is normalised, the value of the loss only says how far the temperatures agree.
+    Watch the size of V in info instead ("V_0.02" at temperature 0.02; "scale" is S)."""
     x, pos = gen.detach(), pos.detach()
     neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)  # [L,M,D]
-    with torch.autocast(x.device.type, enabled=False):       # float32, even if the caller has bf16
+    with torch.autocast(x.device.type, enabled=False):       # float32, whoever calls this
         all_distances = torch.cat([distances(x, neg), distances(x, pos)], 2)     # [L,N,M+P]
-        S = all_distances.mean().clamp(min=1e-3)             # with self-distances
+        S = all_distances.mean().clamp(min=1e-3)             # with self-distances, as Deng et al.
         unit = (S / x.shape[-1] ** 0.5).clamp(min=1e-3)      # S/√D
         n = laplace_noise(x, generator) if perturb else None     # the same for all temperatures
         info = {"scale": S}
@@ -203,9 +204,8 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
         for temperature in temperatures:
             tau = temperature * S
             noise = tau * n if perturb else None             # Eq. (12): modification 2
-            V = field(x, pos, neg, tau, noise) / unit        # Eq. (11); divided only for info
+            V = field(x, pos, neg, tau, noise) / unit        # Eq. (11); unit cancels in V / rms
             # Ṽ = V/‖V‖: Deng et al. take one root mean square over all samples and positions.
-            # The literal reading, one norm per sample, gave worse digits in our one trial.
             rms = V.square().mean().clamp(min=1e-8).sqrt()
             drift += V / rms
             info[f"V_{temperature:g}"] = rms
@@ -215,11 +215,11 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
 
 
 def tokens(latents, window=1):
-    """Latents [N,D,h,w] -> [L,N,D]. With a window w > 1 (section 9): [L/w²,N,D·w²]."""
+    """Latents [N,D,h,w] -> [L,N,D]. With a window > 1 (section 9): [L/window²,N,D·window²]."""
     if latents.shape[-1] % window:
         raise UserError(f"--windows: {window} does not divide the grid of {latents.shape[-1]}")
     if window > 1:
-        latents = F.unfold(latents, window, stride=window)   # [N,D·w²,L/w²]
+        latents = F.unfold(latents, window, stride=window)
     return latents.flatten(2).permute(2, 0, 1).contiguous()
 
 
@@ -247,9 +247,9 @@ def flow_matching_loss(model, latents, y, shift=1.0):
 
 @torch.no_grad()
 def ode_sample(model, z, y, steps=50, shift=1.0, cfg_scale=1.0, cfg_interval=(0, 1)):
-    """The teacher's sampler (the official Euler grid), used by toy/: z [B,D,h,w] -> latents.
-    `steps` grid points take steps − 1 evaluations. On ImageNet the shift is √48. A cfg_scale other
-    than 1 is classifier-free guidance, for t within cfg_interval."""
+    """The teacher's sampler, used by toy/: z [B,D,h,w] -> latents. The official Euler grid ends at
+    t = 0.001. Its `steps` points take steps − 1 evaluations. On ImageNet the shift is √48. A
+    cfg_scale other than 1 is classifier-free guidance, for t within cfg_interval."""
     x = z
     times = time_shift(1 - torch.linspace(0, 0.999, steps, device=z.device), shift)
     for t, t_next in zip(times[:-1], times[1:]):
@@ -269,7 +269,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))                 # how many there ar
 
 
 def autocast(cfg):
-    # No cache: a weight that was cast under no_grad has no gradient, and must not be used again.
+    # No cache: a weight that was cast under no_grad must not be used where a gradient is needed.
     return torch.autocast(cfg.device, torch.bfloat16, cfg.dtype == "bf16", cache_enabled=False)
 
 
@@ -277,7 +277,7 @@ STREAMS = {"noise": 0, "data": 1, "samples": 2, "mirror": 3}
 
 
 def numpy_stream(cfg, purpose, index, label=-1):
-    """Random numbers for this seed, purpose, step (or sample) and class, whatever came before."""
+    """One generator per purpose, step (or sample) and class: no break or process changes a draw."""
     return np.random.default_rng([cfg.seed, index, label + 1, STREAMS[purpose]])
 
 
@@ -302,7 +302,7 @@ def class_loss(student, label, pos, step, cfg, loss_function=latent_loss):
     y = torch.full((n,), label, device=cfg.device)
     with autocast(cfg):
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
-        extra_neg = z[:0]                                    # an empty batch
+        extra_neg = z[:0]                                    # none
         if cfg.n_extra_neg > 0:
             with torch.no_grad():                            # modification 3
                 extra_neg = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:])
@@ -313,7 +313,7 @@ def train_step(student, ema, optimizer, positives, step, cfg, loss_function=late
     """One optimizer step -> what to log. `positives` yields (class, latents [P,D,h,w])."""
     log = defaultdict(float)                                 # name: mean over the classes
     for _ in range(RANK, cfg.n_class, WORLD):                # this process's share of the classes
-        label, pos = next(positives)
+        label, pos = next(positives)                         # load_positives chose the class
         loss, info = class_loss(student, label, pos, step, cfg, loss_function)
         (loss / cfg.n_class).backward()                      # gradients add up over the classes
         for name, value in {**info, "loss": loss.detach()}.items():
@@ -447,7 +447,7 @@ class ViT(nn.Module):
         mlp_dim = int(mlp_ratio * embed_dim)
         blocks = [Block(embed_dim, num_heads, mlp_dim, 1e-6) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # unused, but in the released file
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)            # for FD-DINOv2 (eval_fid.py) alone
 
     def features(self, x):
         """Normalised images [B,3,H,W] -> class, register and patch tokens [B,1+R+L,D]."""
@@ -484,6 +484,7 @@ def sincos_2d(dim, grid):
     return torch.cat(parts, 1).float()
 
 
+# decoder_layers.0.attention.attention.query.bias becomes blocks.0.attn.query.bias, for example.
 # Replaced in this order: longer names before their parts, the bare prefix decoder_ last.
 OFFICIAL_NAMES = {"decoder_layers": "blocks", "attention.attention": "attn",
                   "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
@@ -749,7 +750,9 @@ class DiTDH(nn.Module):
         # There is a SiLU here and another one in each block's adaLN, as in the official code.
         condition = self.s_projector(F.silu(time_embedding + features))      # [B,L,wide]
         out = self.x_embedder(x).flatten(2).mT               # [B,L,wide]
-        out = out.to(x.dtype)       # autocast makes it bf16; keep float32 here
+        # Autocast made bf16 of it; the sum over the blocks is kept in float32. The features are
+        # float32 already, because pos_embed is.
+        out = out.to(x.dtype)
         for block in self.blocks[self.depth[0]:]:
             out = self.run(block, out, condition, self.dec_feat_rope)
         out = self.final_layer(out, condition)               # [B,L,D]
@@ -898,7 +901,7 @@ def load_positives(dataset, sampler, rae, cfg):
     # Without the timeout, workers that lack shared memory could make the run hang forever.
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
                         timeout=300 if workers else 0)
-    # The loader's batches come in the order of the schedule.
+    # The loader follows the same schedule, so its batches come in this order.
     for (step, label), (batch, labels) in zip(sampler.schedule(), loader):
         assert (labels == label).all()
         batch = batch.to(cfg.device)
@@ -1054,7 +1057,7 @@ def load_autoencoder(checkpoint, path, models):
     require_keys(statistics, ["var"], path)
     var = statistics["var"]
     mean = statistics.get("mean")
-    if mean is None:                # the released file has none, and the official code subtracts 0
+    if mean is None:                # as in the released file: the official code subtracts nothing
         mean = torch.zeros_like(var)
     return RAE(encoder, decoder, mean, var, input_size=var.shape[-1] * VIT_B14["patch_size"])
 
@@ -1086,8 +1089,9 @@ def y_softmax_field(x, pos, neg, tau, noise=None):
 
     A weight is the square root of a product: softmax over all targets × softmax over the generated
     samples (the "y-softmax"). Then the weights of the positives are multiplied by the sum of the
-    negatives' weights, and the other way round. Without the square root and the y-softmax this
-    would be drift_field times sum_neg · sum_pos, a factor per sample.
+    negatives' weights, and the other way round. A softmax over all targets, divided by its sum over
+    the positives, is a softmax over the positives. So without the square root and the y-softmax
+    this would be drift_field times sum_neg · sum_pos, a factor per sample.
     toy/README.md compares the two fields.
     """
     query = x if noise is None else x + noise
@@ -1114,8 +1118,8 @@ def variant_loss(gen, pos, extra_neg, cfg, generator):
 
     Eq. (11) sees one token at a time, never whether the tokens of a sample belong together. With
     --windows 1 2 single tokens drift, and also windows of 2×2 tokens as one vector each (our
-    addition). On the digits this scored 1.26 in place of 1.28, with the rate doubled (means over
-    three seeds, no certain difference), and a little more precision.
+    addition). On the digits this lowered the distance after 50 steps from 1.76 to 1.64, with eight
+    paired seeds and everything else equal (toy/README.md).
     """
     total = 0
     for window in cfg.windows:
@@ -1131,7 +1135,7 @@ def guide(model, w):
 
     Guidance at no cost: only a table changes. The abstract of the paper's second version mentions
     extrapolation but gives no formula; this is our reading. On the digits w = 0.05 raised the
-    label accuracy from 0.96 to 0.97 at the same distance, and cost 0.01 of recall.
+    label accuracy from 0.955 to 0.965 at about the same distance, and cost 0.014 of recall.
     """
     model = deepcopy(model)
     table = model.y_embedder.embedding_table.weight.data
@@ -1166,7 +1170,7 @@ def parse(argv=None):
         text = f"{entry.metadata['help']} (default: {entry.default})"
         if entry.type is bool:
             parser.add_argument(flag, action=BooleanOptionalAction, help=text)
-        elif entry.type is tuple:
+        elif entry.type is tuple:                            # all numbers have the first one's type
             number = types[type(entry.default[0])]
             parser.add_argument(flag, type=number, nargs="+", help=text)
         else:
@@ -1203,7 +1207,7 @@ def check(cfg):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} must be at least 1")
     if cfg.n_neg < 2:
-        raise UserError("n_neg must be at least 2: a sample needs others that repel it")
+        raise UserError("n_neg must be at least 2")          # the y-softmax would be empty with 1
     if min(cfg.temperatures) <= 0 or min(cfg.windows) < 1:
         raise UserError("temperatures must be greater than 0, and windows at least 1")
     if len(cfg.betas) != 2 or max(cfg.betas) >= 1 or not 0.5 <= cfg.ema <= 1:
@@ -1337,6 +1341,7 @@ def main(argv=None):
     start_from, path = checkpoint, cfg.teacher
     if cfg.resume:
         start_from, path = state, out / "state.pt"
+    # A state's weights are loaded once more below: read_network takes only the moving average.
     student, ema, optimizer = prepare(read_network(start_from, path), cfg)
     rae = load_autoencoder(checkpoint, cfg.teacher, cfg.models).to(cfg.device)
     require_same_latents(student, rae, cfg.teacher)
@@ -1373,7 +1378,8 @@ def main(argv=None):
     steps = distil(student, ema, optimizer, positives, cfg, len(log), loss_function)
     silent = True if RANK > 0 else None                      # None: silent without a terminal
     if RANK == 0 and "judge" in checkpoint:
-        # A teacher of digits. toy/digits.py makes a film of the training, and the final report.
+        # A teacher of digits holds the judge, a classifier in whose features samples are measured.
+        # toy/digits.py makes a film of the training, and the final report.
         from toy import digits
         steps = digits.film(steps, ema, rae, cfg, len(log))
     bar = tqdm(steps, "distil", cfg.steps, initial=len(log), disable=silent)
@@ -1394,7 +1400,7 @@ def main(argv=None):
                 if saved == 0:                               # remove what an older run left in OUT
                     for name in ("student.pt", "metrics.json", "training.gif"):
                         (out / name).unlink(missing_ok=True)
-            saved = done
+            saved = done                                     # from here the run can be resumed
             if RANK == 0:
                 save_grid(out / "samples.png", partial(one_step, ema), rae, classes[:10], 8, cfg)
     except KeyboardInterrupt:

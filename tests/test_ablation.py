@@ -127,15 +127,15 @@ def test_gather_finds_each_rows_values():
 
 
 def test_a_table_names_what_is_better_in_every_seed(capsys):
-    """In the mean B and C are better than A by the same amount, but only C is so in every seed."""
+    """In the mean B and A are better than C by the same amount, but only A is so in every seed."""
     fds = [1, 2, 3], [0.1, 2.3, 3], [0.79, 1.8, 2.81]
     ablation.show({"3": results_of("3", fds)})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    a, b, c = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[-3:]]
-    assert a[1:3] == ["2.00 ± 1.00", "0.500 ± 0.000"]
-    assert a[-4:] == ["", "", "", "2.01"]
+    c, b, a = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[-3:]]
+    assert c[1:3] == ["2.00 ± 1.00", "0.500 ± 0.000"]
+    assert c[-4:] == ["", "", "", "1.77"]
     assert b[-4] == "-0.20" and b[-2] == ""
-    assert c[-4] == "-0.20" and c[-2:] == ["better", "1.77"]
+    assert a[-4] == "-0.20" and a[-2:] == ["better", "2.01"]
 
 
 def test_the_corrected_intervals_are_students_at_holms_levels():

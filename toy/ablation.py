@@ -67,8 +67,8 @@ TABLES = {
         Row("64/128", counts(64, 128), 2.88), Row("256/64", counts(256, 64), 4.66),
         Row("64/256", counts(64, 256), 4.95)]),
     "3": Table("Table 3: the three modifications", [
-        Row("A: Deng et al.", SMALL | CLEAN | Y, 2.01), Row("B: Eq. (11), (12)", SMALL, 1.94),
-        Row("C: B with 256/256", LARGE, 1.77)]),
+        Row("C: B with 256/256", LARGE, 1.77), Row("B: Eq. (11), (12)", SMALL, 1.94),
+        Row("A: Deng et al.", SMALL | CLEAN | Y, 2.01)]),
     "5": Table("Table 5: perturbation and y-softmax, with 64/64", [
         Row("perturbed", SMALL, 1.94), Row("clean, y-softmax", SMALL | CLEAN | Y, 2.01),
         Row("perturbed, y-softmax", SMALL | Y, 2.14), Row("clean", SMALL | CLEAN, 2.44)]),
@@ -238,37 +238,44 @@ def show(tables):
             paper = "" if np.isnan(row.paper) else f"{row.paper:.2f}"
             lines.append([row.name, *cells, difference, interval, verdict, paper])
         runs.print_table(header, lines)
-        tau, p = order(table, results)
-        if np.isfinite(tau) and len(rows) > 2:
+        if len(rows) > 4 and rows[0].paper > 0:             # not NaN
+            tau, p = order(table, results)
             print(f"\nKendall's τ with the paper's order: {tau:.2f} (p = {p:.4f})")
+
+
+VERDICTS = {"better": "#229944", "worse": "#c8102e", "": "#606060"}      # their colours
 
 
 def draw_differences(tables):
     """All differences on one axis: a dot is a mean, a line its interval, the colour the verdict."""
     found = differences(tables)
     intervals = holm(found)
-    colours = {"better": "#229944", "worse": "#c8102e", "": "#606060"}
+    shown = [(low, high) for low, high, _ in intervals.values() if high < 10]
+    left, right = np.min(shown) - 0.1, np.max(shown) + 0.1
     lines = []                                              # (text, key or None), top to bottom
     for table, results in tables.items():
         reference, *others = results
-        lines.append((f"{TABLES[table].title}, against {reference}", None))
+        lines.append((f"{TABLES[table].title}; against {reference}:", None))
         lines += [(name, (table, name)) for name in others]
+    bottom = 0.4 - len(lines)
     names = {-i: text if key else "" for i, (text, key) in enumerate(lines)}
-    lows, highs, _ = zip(*intervals.values())
-    axes = plot.Axes("Difference of the distance from the first row of each table", 
-                     "lower is better; dot: mean over the seeds, line: corrected 95 % interval",
-                     "", (min(lows) - 0.1, max(highs) + 0.1), (0.4 - len(lines), 0.6),
-                     y_ticks=names, legend={"better": colours["better"], "worse": colours["worse"],
-                                            "no verdict": colours[""]},
-                     size=(900, 110 + 22 * len(lines)))
-    axes.line([0, 0], [0.6, 0.4 - len(lines)], "#000000")
+    legend = {verdict or "no verdict": colour for verdict, colour in VERDICTS.items()}
+    axes = plot.Axes("Difference of the distance (lower is better)",
+                     "dot: mean over the seeds, line: corrected 95 % interval", "",
+                     (left, right), (bottom, 0.6), y_ticks=names, legend=legend,
+                     size=(900, 100 + 24 * len(lines)))
+    axes.line([0, 0], [0.6, bottom], "#000000")
     for i, (text, key) in enumerate(lines):
         if key is None:
-            axes.text(min(lows) - 0.1, -i, text)
+            axes.text(0, -i, text)
         elif key in intervals:
             low, high, verdict = intervals[key]
-            axes.line([low, high], [-i, -i], colours[verdict])
-            axes.points(found[key].mean(), -i, colours[verdict], radius=5)
+            mean, colour = found[key].mean(), VERDICTS[verdict]
+            if mean > right:
+                axes.text(right, -i, f"{mean:+.0f}, off this axis  ", colour, "rm")
+            else:
+                axes.line([low, high], [-i, -i], colour)
+                axes.points(mean, -i, colour, radius=5)
     return axes.image()
 
 

@@ -249,7 +249,8 @@ def film(steps, ema, rae, cfg, first_step):
     """
     def look(step):
         images = dr.generate(partial(dr.one_step, ema), rae, EIGHTY, cfg)
-        return panels({f"one evaluation, after {step} training steps": images}, rows=5)
+        frame = panels({f"one evaluation, after {step} training steps": images}, rows=5)
+        return frame.quantize(16)                               # shades of grey
 
     frames = [look(first_step)]
     every = max(1, cfg.steps // 30)

@@ -2,9 +2,7 @@
 
     axes = Axes(title, x_label, y_label, (low, high), (low, high))      the ranges of x and y
     axes.line(x, y, colour, low, high)       a curve; a band around it, if low and high are given
-    axes.points(x, y, colour, radius)        dots; axes.diamonds(x, y) are hollow
-    axes.arrows(x, y, dx, dy, colour)
-    axes.bar(x, y, colour)                   a bar at the height y, from the left to x
+    axes.points(x, y, colour, radius)        dots
     axes.text(x, y, text, colour)            right of a point, or at one of Pillow's anchors
     axes.image()                             the finished chart
     panels({title: uint8 [n,H,W,3]}, rows)   an image: for each title its tiles as a grid
@@ -122,30 +120,6 @@ class Axes:
             corners = np.concatenate([centre - reach, centre + reach])
             self.draw.ellipse(corners.tolist(), colour)
 
-    def arrows(self, x, y, dx, dy, colour="black"):
-        tails = self.pixels(x, y)
-        tips = self.pixels(x + dx, y + dy)
-        for tail, tip in zip(tails, tips):
-            along = np.subtract(tip, tail)
-            length = max(np.hypot(*along), 1e-6)
-            head = along * min(1, 5 * K / length)
-            side = np.array([-head[1], head[0]]) / 2
-            base = tip - head
-            self.draw.line((*tail, *base), colour, THIN)
-            corners = np.stack([tip, base + side, base - side])
-            self.draw.polygon(corners.ravel().tolist(), colour)
-
-    def bar(self, x, y, colour):
-        tops = self.pixels(self.x[0], y + 0.35)
-        ends = self.pixels(x, y - 0.35)
-        for corners in zip(tops, ends):
-            self.draw.rectangle(corners, colour)
-
-    def diamonds(self, x, y):
-        for centre in self.pixels(x, y):
-            circle = centre, 7 * K
-            self.draw.regular_polygon(circle, 4, 45, None, "black", THICK)
-
     def text(self, x, y, text, colour="black", anchor="lm"):
         for px, py in self.pixels(x, y):
             self.write(px, py, "  " + text, anchor, colour)
@@ -186,7 +160,7 @@ def note(lines, size, font=15):
 def write_gif(file, frames, milliseconds=120):
     """frames: images. The last one stays for 2.5 seconds."""
     times = [milliseconds] * (len(frames) - 1) + [2500]
-    first, *others = [frame.quantize(16) for frame in frames]
+    first, *others = frames
     first.save(file, format="GIF", append_images=others, save_all=True, duration=times, loop=0)
 
 

@@ -274,13 +274,6 @@ def draw_png(rows, films):
     return plot.sheet(images, len(DIMS))
 
 
-def save_gif(path, frames):
-    times = [120] * (len(frames) - 1) + [2500]              # milliseconds: the last frame stays
-    first, *others = frames
-    write = partial(first.save, format="GIF", append_images=others, save_all=True, loop=0)
-    dr.save(path, partial(write, duration=times))
-
-
 # ---- The command
 
 # Of the JSON's numbers: the column of the table, and its decimals.
@@ -354,7 +347,7 @@ def main(argv=None):
     widest = [film for row, film in zip(rows_0, films_0) if row["dim"] == DIMS[-1]]
     # The GIF has room for three films: it leaves out the last one, of the projection.
     frames = [plot.sheet(panels, 3).quantize(64) for panels in zip(*widest[:3])]
-    save_gif(args.out / "two_moons.gif", frames)
+    dr.save(args.out / "two_moons.gif", partial(plot.write_gif, frames=frames))
     print_rows(rows)
 
 
