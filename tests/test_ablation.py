@@ -67,7 +67,7 @@ def test_equal_rows_are_one_run(out):
 
 
 @pytest.mark.parametrize("flags, missing",
-                         [([], 26 - 7), (["--steps", "2"], 26), (["--seeds", "2"], 52 - 7)])
+                         [([], 27 - 7), (["--steps", "2"], 27), (["--seeds", "2"], 54 - 7)])
 def test_other_steps_and_seeds_are_other_runs(out, flags, missing):
     jobs = ablation.plan(ablation.parse([*FLAGS, *flags]))
     assert len(jobs.keys() - saved(out).keys()) == missing

@@ -160,9 +160,6 @@ def gather(table, args, done):
     """-> {name of a row: {metric: its values, one per seed}}; done: {key: run}."""
     results = {row.name: defaultdict(list) for row in TABLES[table].rows}
     for key, row, _ in runs_of(table, args):
-        if key not in done:
-            raise dr.UserError(f"no run in {runs.RESULTS / 'ablation.json'} is called {key}: "
-                               "give an --out to make it")
         metrics = done[key][str(row.guidance)]
         for metric in METRICS:
             results[row.name][metric].append(metrics[metric])
@@ -250,8 +247,11 @@ def draw_differences(tables):
     """All differences on one axis: a dot is a mean, a line its interval, the colour the verdict."""
     found = differences(tables)
     intervals = holm(found)
-    shown = [(low, high) for low, high, _ in intervals.values() if high < 10]
-    left, right = np.min(shown) - 0.1, np.max(shown) + 0.1
+    shown = [-1, 1]                                         # the ends of the intervals, and these
+    for low, high, _ in intervals.values():
+        if high < 10:                                       # else a text says how large it is
+            shown += [low, high]
+    left, right = min(shown), max(shown) + 0.1
     lines = []                                              # (text, key or None), top to bottom
     for table, results in tables.items():
         reference, *others = results
@@ -326,13 +326,10 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    if args.out is None:
-        done = runs.read_results("ablation")
-    else:
+    if args.out:
         dr.make_folder(args.out)
         runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
-        done = runs.complete(args.out / "ablation.json", args.teacher, plan(args),
-                             distil_and_measure, args.jobs)
+    done = runs.get_runs("ablation", args, plan(args), distil_and_measure, args.jobs)
     tables = {name: gather(name, args, done) for name in args.rows}
     show(tables)
     if args.out is None:

@@ -353,9 +353,6 @@ def gather(jobs, done):
     """-> {setting: its results, one per d}, or {space: its results, one per seed}."""
     results = {}
     for key, (name, *_) in jobs.items():
-        if key not in done:
-            raise dr.UserError(f"no run in {runs.RESULTS / 'geometry.json'} is called {key}: "
-                               "give an --out to make it")
         results.setdefault(name, []).append(done[key])
     return results
 
@@ -382,14 +379,11 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     settings, spaces = plan(args)
-    if args.out is None:
-        done = runs.read_results("geometry")
-    else:
+    if args.out:
         dr.make_folder(args.out)
         runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
-        file = args.out / "geometry.json"
-        done = runs.complete(file, args.teacher, settings, simulate)
-        done |= runs.complete(file, args.teacher, spaces, study)
+    done = runs.get_runs("geometry", args, settings, simulate)
+    done |= runs.get_runs("geometry", args, spaces, study)
     theorem, studies = gather(settings, done), gather(spaces, done)
     print_spaces(studies)
     print_best(studies)

@@ -24,9 +24,20 @@ RESULTS = Path(__file__).with_name("results")     # what the pages' tables are p
 # ---- Runs
 
 
-def read_results(name):
-    """-> the runs {key: run} of the committed file toy/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())["runs"]
+def get_runs(name, args, jobs, work, workers=None):
+    """-> {key: run} for the jobs {key: job}.
+
+    With an --out these are computed, unless args.out/NAME.json holds them. Without it they are read
+    from the committed file toy/results/NAME.json.
+    """
+    if args.out:
+        return complete(args.out / f"{name}.json", args.teacher, jobs, work, workers)
+    path = RESULTS / f"{name}.json"
+    committed = json.loads(path.read_text())["runs"]
+    for key in jobs:
+        if key not in committed:
+            raise dr.UserError(f"no run in {path} is called {key}: give an --out to make it")
+    return {key: committed[key] for key in jobs}
 
 
 def complete(path, teacher, jobs, work, workers=None):
