@@ -892,17 +892,17 @@ class ClassSampler:
             yield rng.choice(members, self.cfg.n_pos, replace=too_few).tolist()
 
 
-def load_positives(dataset, sampler, rae, cfg):
+def load_positives(dataset, class_sampler, rae, cfg):
     """Yield (class, latents [P,D,h,w]) in the order of training.
 
     The dataset holds latents [D,h,w], or with --data images uint8 [H,W,3], which are encoded here.
     """
     workers = cfg.workers if cfg.data else 0
     # Without the timeout, workers that lack shared memory could make the run hang forever.
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
+    loader = DataLoader(dataset, batch_sampler=class_sampler, num_workers=workers,
                         timeout=300 if workers else 0)
     # The loader follows the same schedule, so its batches come in this order.
-    for (step, label), (batch, labels) in zip(sampler.schedule(), loader):
+    for (step, label), (batch, labels) in zip(class_sampler.schedule(), loader):
         assert (labels == label).all()
         batch = batch.to(cfg.device)
         if cfg.data and cfg.flip:
@@ -1364,12 +1364,12 @@ def main(argv=None):
         labels = checkpoint["labels"]
     else:
         raise UserError(f"{cfg.teacher} holds no latents: name a folder of images with --data")
-    sampler = ClassSampler(labels, cfg, first_step=len(log))
-    classes = sampler.classes
+    class_sampler = ClassSampler(labels, cfg, first_step=len(log))
+    classes = class_sampler.classes
     if not WORLD <= cfg.n_class <= len(classes):
         raise UserError(f"--n-class is {cfg.n_class}, but it must be at least {WORLD}, the number "
                         f"of processes, and at most {len(classes)}, the classes with images")
-    positives = load_positives(dataset, sampler, rae, cfg)
+    positives = load_positives(dataset, class_sampler, rae, cfg)
 
     # The training.
     loss_function = latent_loss

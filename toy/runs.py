@@ -109,8 +109,8 @@ def distilled(teacher, latents, labels, cfg, loss_function=dr.variant_loss):
     The student starts from `teacher`. dr.variant_loss heeds cfg.field and cfg.windows.
     """
     student, ema, optimizer = dr.prepare(teacher, cfg)
-    sampler = dr.ClassSampler(labels, cfg)
-    positives = dr.load_positives(TensorDataset(latents, labels), sampler, None, cfg)
+    class_sampler = dr.ClassSampler(labels, cfg)
+    positives = dr.load_positives(TensorDataset(latents, labels), class_sampler, None, cfg)
     steps = dr.distil(student, ema, optimizer, positives, cfg, loss_function=loss_function)
     for _ in steps:
         pass
