@@ -155,7 +155,7 @@ def test_theorem1s_push_does_not_reach_its_limit_at_temperature_1():
 def test_theorem1_needs_more_dimensions_at_the_papers_temperatures():
     shares = []
     for tau in (0.2, 0.05, 0.02):
-        row = geometry.theorem1(64, None, tau, True)
+        row = geometry.theorem1(64, None, tau)
         shares.append(row["share_pos"].mean().item())
     assert shares[0] > 0.8
     assert 0.4 > shares[1] > 0.15 > shares[2]
@@ -238,7 +238,7 @@ def test_a_run_that_is_not_committed_is_named(committed):
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_the_command_continues_where_it_was(few, teacher, tmp_path, monkeypatch, capsys):
     """Tiny, but all of it. At the next call nothing is done again."""
-    monkeypatch.setitem(geometry.QUICK, "steps", (11, 11, 1))
+    monkeypatch.setattr(geometry, "QUICK_STEPS", (11, 11, 1))
     monkeypatch.setattr(geometry, "DIMS", [4, 8, 16])
     flags = ["--out", tmp_path, "--teacher", teacher, "--quick"]
     helpers.run(*flags, main=geometry.main)

@@ -58,9 +58,9 @@ def test_regression_is_zero_at_its_pairs(net, data):
     _, y, z = data
     end = z - 0.999 * net(z, torch.ones(8), y).detach()     # paths end at t = 0.001
     points = torch.stack([z, end])
-    assert rivals.path_loss(net, points, y) < 1e-10
+    assert rivals.path_loss(net, (points, y)) < 1e-10
     points[1] += 0.5                    # ‖G(z) − x̂‖²
-    assert rivals.path_loss(net, points, y).item() == pytest.approx(0.25, rel=1e-2)
+    assert rivals.path_loss(net, (points, y)).item() == pytest.approx(0.25, rel=1e-2)
 
 
 def test_paths_are_the_samplers_at_four_of_its_times(net, data):
@@ -73,8 +73,8 @@ def test_paths_are_the_samplers_at_four_of_its_times(net, data):
     assert torch.allclose(points[-1], end, atol=1e-5)
     far = (points[0] - points).mean((1, 2, 3, 4)) / 2       # how much time has passed
     assert far.tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.02)
-    assert rivals.path_loss(constant, points, y) < 0.01     # 49 steps are no multiple of four
-    assert rivals.path_loss(nothing, points, y).item() == pytest.approx(4, abs=0.1)
+    assert rivals.path_loss(constant, (points, y)) < 0.01     # 49 steps are no multiple of four
+    assert rivals.path_loss(nothing, (points, y)).item() == pytest.approx(4, abs=0.1)
 
 
 def test_path_loss_asks_for_the_times_of_the_sampler(data):
@@ -87,7 +87,7 @@ def test_path_loss_asks_for_the_times_of_the_sampler(data):
 
     ode_sample(record, z, y, steps=5)
     times = torch.stack(asked)[:, 0]
-    rivals.path_loss(record, torch.randn(5, 8, 6, 2, 2), y)
+    rivals.path_loss(record, (torch.randn(5, 8, 6, 2, 2), y))
     assert torch.allclose(asked[-1].unique().flip(0), times)
 
 
@@ -104,7 +104,8 @@ def test_along_a_path_the_flow_is_straight(data):
         assert error.max() < 1e-5
         return constant(x, t, y)
 
-    assert rivals.path_loss(on_line, torch.stack([z, end]), y, along=1) < 1e-10
+    paths = torch.stack([z, end]), y
+    assert rivals.path_loss(on_line, paths, along=1) < 1e-10
     assert asked[0].min() < 0.1 and asked[0].max() > 0.9
 
 
@@ -223,14 +224,13 @@ def test_a_method_spends_what_it_says_and_nearly_all_of_its_budget(method, teach
 # ---- The command
 
 
-def job_of_drifting(teacher, rate):
-    run = {"method": "drift", "seed": 0, "budget": 4 * 3840, "rate": rate}
-    return teacher, teacher.parent, "key", run
+def run_of_drifting(rate):
+    return {"method": "drift", "seed": 0, "budget": 4 * 3840, "rate": rate}
 
 
 def test_a_run_that_diverges_is_a_row_of_nan(few, teacher, capsys):
     """It really diverges, at an absurd rate."""
-    run = rivals.distil_and_measure(job_of_drifting(teacher, 1e9))
+    run = rivals.distil_and_measure(teacher, None, run_of_drifting(1e9))
     assert all(math.isnan(run[name]) for name in rivals.DECIMALS)
     rivals.show_table({"key": run})
     assert cells(capsys)[0][4] == "diverged"
@@ -243,7 +243,7 @@ def test_other_errors_stop_the_command(teacher, monkeypatch):
     broken = rivals.METHODS["drift"]._replace(train=Mock(side_effect=ValueError("no latents")))
     monkeypatch.setitem(rivals.METHODS, "drift", broken)
     with pytest.raises(ValueError, match="no latents"):
-        rivals.distil_and_measure(job_of_drifting(teacher, 1e-3))
+        rivals.distil_and_measure(teacher, None, run_of_drifting(1e-3))
 
 
 @pytest.fixture

@@ -24,23 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drift_rae as dr  # noqa: E402
 from toy import digits, plot, runs, vae  # noqa: E402
 
-SEEDS = 3                               # of the VAEs, flows and students; there is one RAE
 VAES = {"VAE-16": 16, "VAE-64": 64}     # width of their tokens
 RATES = (1e-3, 3e-3, 1e-2)
 STUDENTS = {f"student at rate {lr:g}": lr for lr in RATES}
-FULL = {"spaces": ["RAE-64", *VAES], "seeds": SEEDS,
-        "steps": (800, 3000, 50)}       # of VAE, flow and student
-QUICK = {"spaces": ["RAE-64", "VAE-64"], "seeds": 1, "steps": (200, 200, 20)}
+SPACES = ["RAE-64", *VAES]
+STEPS = (800, 3000, 50)                 # of VAE, flow and student
+QUICK_SPACES, QUICK_STEPS = ["RAE-64", "VAE-64"], (200, 200, 20)
 CPU = dr.Config(device="cpu")           # how samples are drawn: all methods get the same noise
 
 
 def average(rows):
     """Dicts of numbers or tensors -> a dict with the mean of each entry over everything."""
-    means = {}
-    for key in rows[0]:
-        values = [np.asarray(row[key]) for row in rows]
-        means[key] = float(np.mean(values))
-    return means
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def rounded(content):
@@ -55,16 +50,16 @@ def rounded(content):
 # ---- Theorem 1: scattered targets share the weight, and the attraction vanishes
 
 DIMS = [2**k for k in range(2, 13)]     # 4, 8, … 4096
-# For each setting: r, the temperature τ, and whether τ is in units of the mean distance between x
-# and its targets. Where r is None, it is √(3/d), so that x is as long as the positives y.
-SETTINGS = {"r = 1, temperature 1": (1.0, 1.0, False),
-            "r = 1, temperature 4": (1.0, 4.0, False),
-            "x as long as y, temperature 0.2 of the mean distance": (None, 0.2, True),
-            "x as long as y, temperature 0.05 of the mean distance": (None, 0.05, True),
-            "x as long as y, temperature 0.02 of the mean distance": (None, 0.02, True)}
+# For each setting: r and the temperature τ. Where r is None, it is √(3/d), so that x is as long as
+# the positives y, and τ is in units of the mean distance between x and its targets.
+SETTINGS = {"r = 1, temperature 1": (1.0, 1.0),
+            "r = 1, temperature 4": (1.0, 4.0),
+            "x as long as y, temperature 0.2 of the mean distance": (None, 0.2),
+            "x as long as y, temperature 0.05 of the mean distance": (None, 0.05),
+            "x as long as y, temperature 0.02 of the mean distance": (None, 0.02)}
 
 
-def theorem1(d, r, tau, in_mean_distances, seed=0):
+def theorem1(d, r, tau, seed=0):
     """The field at 64 of d generated points x ~ U[−r,r]^d; d positives y on the unit sphere.
 
     V⁺ is what pulls a query to the positives, and V⁻ is what pushes it from the other x.
@@ -74,20 +69,21 @@ def theorem1(d, r, tau, in_mean_distances, seed=0):
     share_pos   the number of positives that count, 1/Σw², divided by d; uniform weights give 1
     """
     g = torch.Generator().manual_seed(seed)
-    r = r or (3 / d)**0.5
+    half = r or (3 / d)**0.5                                # half the width of the cube of x
     y = F.normalize(torch.randn(d, d, generator=g), dim=-1)
-    x = (2 * torch.rand(d, d, generator=g) - 1) * r
+    x = (2 * torch.rand(d, d, generator=g) - 1) * half
     to_pos = torch.cdist(x[:64], y)                         # [64,d]
     to_neg = torch.cdist(x[:64], x)
-    if in_mean_distances:
+    if r is None:
         tau = tau * (to_pos.mean() + to_neg.mean()) / 2
     to_neg.fill_diagonal_(torch.inf)                        # k ≠ j: no sample repels itself
     w_pos = (-to_pos / tau).softmax(-1)
     w_neg = (-to_neg / tau).softmax(-1)
-    pull, push = w_pos @ y, w_neg @ x                       # V⁺ and V⁻ of the theorem
+    pull = w_pos @ y                                        # V⁺ of the theorem
+    push = w_neg @ x                                        # V⁻
     length = push.norm(dim=-1)
     table = {"v_pos2": d * pull.square().sum(-1)}
-    table["v_neg"] = length / (r / 3**0.5)
+    table["v_neg"] = length / (half / 3**0.5)
     table["neg_over_x"] = length / x.norm(dim=-1).mean()
     table["share_pos"] = 1 / w_pos.square().sum(-1) / d
     return table
@@ -158,6 +154,7 @@ TIMES = 1 - torch.linspace(0, 0.999, 50)[1:-1]  # t of the inner points of ode_s
 # number, and 0.2 % of these lie above 0.95. Near t = 0 a step of the grid is large relative to
 # the rest of the path.
 RANGE = (0.05, 0.95)
+IN_RANGE = (RANGE[0] < TIMES) & (TIMES < RANGE[1])
 
 
 def curvature(path):
@@ -166,7 +163,9 @@ def curvature(path):
     κ = ‖x''⊥‖/‖x'‖², where x''⊥ is the part of the acceleration across the curve.
     """
     x = path.flatten(2).double()
-    before, now, after = x[:-2], x[1:-1], x[2:]
+    before = x[:-2]
+    now = x[1:-1]
+    after = x[2:]
     v = (after - before) / 2                                # the step of time cancels in κ
     a = after - 2 * now + before
     squared_speed = v.square().sum(-1, keepdim=True)
@@ -191,9 +190,7 @@ def curvature_band(teacher, shape):
 
 def curvature_means(values):
     """The curvature at TIMES -> its mean over the t in RANGE, and over all t."""
-    low, high = RANGE
-    inside = values[(low < TIMES) & (TIMES < high)]
-    return {f"curvature, t from {low} to {high}": inside.mean().item(),
+    return {"curvature, t from 0.05 to 0.95": values[IN_RANGE].mean().item(),
             "curvature, all t": values.mean().item()}
 
 
@@ -236,12 +233,12 @@ def study(job):
         except dr.UserError:            # train_step: the gradient is NaN or infinite
             numbers[f"Fréchet, {method}"] = float("inf")
     measure = digits.Metrics(dr.load(path))
-    images = {"autoencoder": dr.to_uint8(space.rae.decode(space.latents[::2]))}
+    images = dr.to_uint8(space.rae.decode(space.latents[::2]))
+    metrics = {"autoencoder": measure(images, measure.labels)}
     for method, sampler in samplers.items():
-        images[method] = dr.generate(sampler, space.rae, measure.labels, CPU)
-    metrics = {}
-    for method in images:
-        metrics[method] = measure(images[method], measure.labels)
+        images = dr.generate(sampler, space.rae, measure.labels, CPU)
+        metrics[method] = measure(images, measure.labels)
+    for method in metrics:
         numbers[f"Fréchet, {method}"] = metrics[method].pop("fd")
     return rounded({"numbers": numbers, "metrics": metrics, "band": band.tolist()})
 
@@ -267,24 +264,26 @@ def values_of(seeds):
     return rows
 
 
-def print_spaces(studies):
+def print_spaces(columns):
     """Print one row per measure and one column per space, over the seeds."""
-    columns = [values_of(seeds) for seeds in studies.values()]
     lines = []
-    for name in columns[-1]:            # the last space is a VAE, which has all rows
+    for name in columns["VAE-64"]:      # a VAE has all rows
         decimals = 2 if name.startswith("Fréchet") else 4
-        cells = [runs.cell(rows[name], decimals) if name in rows else "" for rows in columns]
-        lines.append([name, *cells, *PAPER.get(name, ["", ""])])
-    runs.print_table(["", *studies, "paper: SD-VAE", "paper: RAE"], lines)
+        line = [name]
+        for rows in columns.values():
+            cell = runs.cell(rows[name], decimals) if name in rows else ""
+            line.append(cell)
+        lines.append(line + PAPER.get(name, ["", ""]))
+    runs.print_table(["", *columns, "paper: SD-VAE", "paper: RAE"], lines)
 
 
-def print_best(studies):
+def print_best(columns):
     """Print how near the students come to their teachers, with the best rate in each space."""
     lines = []
-    for space, seeds in studies.items():
-        rows = values_of(seeds)
+    for space, rows in columns.items():
         best = min(STUDENTS, key=lambda name: np.mean(rows[f"Fréchet, {name}"]))
-        student, teacher = rows[f"Fréchet, {best}"], rows["Fréchet, teacher, 49 evaluations"]
+        student = rows[f"Fréchet, {best}"]
+        teacher = rows["Fréchet, teacher, 49 evaluations"]
         gap = np.subtract(student, teacher)
         cells = [runs.cell(values) for values in (student, teacher, gap)]
         lines.append([space, f"{STUDENTS[best]:g}", *cells])
@@ -306,32 +305,31 @@ def draw_theorem(theorem):
     colours = dict(zip(theorem, plot.COLOURS))
     charts = []
     for name in ("v_pos2", "v_neg"):
-        d_limits = DIMS[0], DIMS[-1]
-        axes = plot.Axes(THEOREM[name], "dimensions d", "", d_limits, (0.7, 40), x_log=True,
-                         y_log=True, size=(480, 380))
-        axes.line(DIMS, np.ones(len(DIMS)), "#000000")
+        ends = DIMS[0], DIMS[-1]
+        axes = plot.Axes(THEOREM[name], "dimensions d", "", ends, (0.7, 40), x_log=True, y_log=True,
+                         size=(480, 380))
+        axes.line(ends, [1, 1], "#000000")
         for setting, colour in colours.items():
-            axes.line(DIMS, [row[name] for row in theorem[setting]], colour)
+            values = [row[name] for row in theorem[setting]]
+            axes.line(DIMS, values, colour)
         charts.append(axes.image())
-    limit = "black: Theorem 1's limit (x in [-r, r]^d is pushed by the other x and pulled by y)"
-    note = plot.note({limit: "#000000"} | colours, (960, 150))
-    return plot.sheet([plot.sheet(charts, 2), note], 1)
+    legend = {"black: the limit of Theorem 1": "#000000"} | colours
+    return plot.sheet([plot.sheet(charts, 2), plot.note(legend, (960, 150))], 1)
 
 
 def draw_curvature(studies):
     """The curvature over t. The black lines mark RANGE."""
     legend = dict(zip(studies, plot.COLOURS))
     bands = [np.mean([run["band"] for run in seeds], 0) for seeds in studies.values()]
-    limits = np.min(bands) / 1.1, np.max(bands) * 1.1
+    limits = np.min(bands), np.max(bands)
     title = "Curvature of the flow models' paths; line: mean, band: 80 % of the paths"
-    x_label = "time t (1: noise, 0: data); the table averages between the black lines"
-    y_label = "radians per length of the noise"
-    axes = plot.Axes(title, x_label, y_label, (0, 1), limits, y_log=True, legend=legend,
-                     size=(820, 480))
+    axes = plot.Axes(title,
+                     "time t (1: noise, 0: data); the table averages between the black lines",
+                     "radians per length of the noise", (0, 1), limits, y_log=True, legend=legend)
     for (mean, low, high), colour in zip(bands, plot.COLOURS):
         axes.line(TIMES, mean, colour, low, high)
     for t in RANGE:
-        axes.line([t, t], limits, "#000000")
+        axes.line(t, limits, "#000000")
     return axes.image()
 
 
@@ -342,18 +340,20 @@ def plan(args):
     """-> what `simulate` takes and what `study` takes, {key: job} each."""
     settings = {f"Theorem 1, {name}, d = {d}": (name, d) for name in SETTINGS for d in DIMS}
     spaces = {}
+    names, steps = (QUICK_SPACES, QUICK_STEPS) if args.quick else (SPACES, STEPS)
     for seed in range(args.seeds):
-        for name in args.spaces:
-            key = f"{name}, seed {seed}, steps {args.steps}"
-            spaces[key] = name, seed, args.teacher, args.steps
+        for name in names:
+            key = f"{name}, seed {seed}, steps {steps}"
+            spaces[key] = name, seed, args.teacher, steps
     return settings, spaces
 
 
-def gather(jobs, done):
-    """-> {setting: its results, one per d}, or {space: its results, one per seed}."""
+def gather(jobs, work, args):
+    """Get the runs -> {setting: its runs, one per d}, or {space: its runs, one per seed}."""
     results = {}
-    for key, (name, *_) in jobs.items():
-        results.setdefault(name, []).append(done[key])
+    for key, run in runs.get_runs("geometry", args, jobs, work).items():
+        name, *_ = jobs[key]
+        results.setdefault(name, []).append(run)
     return results
 
 
@@ -363,16 +363,14 @@ def parse(argv):
     add("--out", type=Path, help="measure, and write into this folder; without it: print the "
                                  "tables of toy/results")
     add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, help="seeds per space (default: 3; with --quick 1)")
+    add("--seeds", type=int, default=3, help="seeds per space (default: 3)")
     add("--quick", action="store_true", help="measure two spaces, with one seed and few steps")
     args = parser.parse_args(argv)
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if args.quick and args.out is None:
-        args.out = Path("out")
     if args.seeds < 1:
         raise dr.UserError("--seeds must be at least 1")
+    if args.quick:
+        args.seeds = 1
+        args.out = args.out or Path("out")
     return args
 
 
@@ -382,11 +380,11 @@ def main(argv=None):
     if args.out:
         dr.make_folder(args.out)
         runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
-    done = runs.get_runs("geometry", args, settings, simulate)
-    done |= runs.get_runs("geometry", args, spaces, study)
-    theorem, studies = gather(settings, done), gather(spaces, done)
-    print_spaces(studies)
-    print_best(studies)
+    theorem = gather(settings, simulate, args)
+    studies = gather(spaces, study, args)
+    columns = {space: values_of(seeds) for space, seeds in studies.items()}
+    print_spaces(columns)
+    print_best(columns)
     print_theorem(theorem)
     if args.out:
         runs.save_png(args.out / "theorem1.png", draw_theorem(theorem))

@@ -51,8 +51,7 @@ from toy import digits, plot, runs, vae  # noqa: E402
 
 BUDGET = 192_000    # network evaluations, as many as 50 steps of drift_rae.py take
 BATCH = 256         # samples per step, except where a method says otherwise
-GRID = 50           # points of the teacher's path, as in the report of drift_rae.py
-SEEDS = 3           # of the table
+PATH = 49           # evaluations per path of the teacher, as in the report of drift_rae.py
 RATES_SEED = 100    # of the trials of learning rates: the table does not use this seed
 
 
@@ -94,11 +93,11 @@ class Task:
 
         -> steps + 1 points of each path, noise first, [steps+1,n,D,h,w]; labels [n]
         """
-        n = int(share * self.budget) // (GRID - 1)
-        self.spent += n * (GRID - 1)
+        n = int(share * self.budget) // PATH
+        self.spent += n * PATH
         _, labels, noise = self.draw_batch(n)
         # 49 is no multiple of 4: these points are the closest ones to dr.ode_sample's four steps.
-        index = torch.linspace(0, GRID - 1, steps + 1).round().long()
+        index = torch.linspace(0, PATH, steps + 1).round().long()
         parts = zip(noise.split(BATCH), labels.split(BATCH))
         points = [vae.ode_path(model, z, y)[index] for z, y in parts]
         return torch.cat(points, 1), labels
@@ -129,13 +128,14 @@ def keep_teacher(task):
 # ---- Regression on the ends of the teacher's paths (Luhman & Luhman 2101.02388)
 
 
-def path_loss(model, points, labels, along=0):
+def path_loss(model, paths, along=0):
     """‖v(x_s, t_s) − (x_s − x_s+1)/(t_s − t_s+1)‖² at random points of paths from make_paths.
 
     For paths of one step, from z to x̂, this is ‖G(z) − x̂‖² (where x̂ is taken on from t = 0.001,
     at which dr.ode_sample ends, to 0). With along = 1 such paths are also learnt between their
     ends. That is flow matching on the straight lines from x̂ to z.
     """
+    points, labels = paths
     steps = len(points) - 1
     i = torch.randint(len(labels), (BATCH,))
     s = torch.randint(steps, (BATCH,))
@@ -148,8 +148,7 @@ def path_loss(model, points, labels, along=0):
 
 def fit_paths(task, start, paths, share, along=0):
     """Train a copy of `start` on the paths, which are used again and again."""
-    points, labels = paths
-    loss = partial(path_loss, points=points, labels=labels, along=along)
+    loss = partial(path_loss, paths=paths, along=along)
     return task.fit_student(start, loss, 3 * BATCH, share)
 
 
@@ -239,13 +238,13 @@ def sid_loss(x, y, real, fake):
     """
     x_real, x_fake, size = denoise(x, y, real, fake)
     product = (x_real - x_fake) * (x_fake - x)
-    return (product / size.clamp(min=1e-5)).mean()
+    return (product / size).mean()
 
 
 def match_scores(task, score_loss, cost, updates):
     """Before each step of the student, the fake network takes `updates` steps.
 
-    A sample costs 1 + 3 in a step of the fake network, and `cost` in a step of the student.
+    All these steps together cost `cost` per sample.
     """
     n = BATCH // 2
     real = task.teacher.requires_grad_(False)               # gradients pass it, to its input
@@ -262,7 +261,6 @@ def match_scores(task, score_loss, cost, updates):
         _, y, z = task.draw_batch(n)
         return score_loss(dr.one_step(student, z, y), y, real, fake)
 
-    cost = cost + updates * (1 + 3)
     return task.fit_student(real, loss, cost * n)
 
 
@@ -290,6 +288,7 @@ class Method(NamedTuple):
 
 GROUPS = ("the teacher itself", "the teacher alone", "real latents and the teacher")
 ITSELF, ALONE, REAL = GROUPS
+COLOURS = dict(zip(GROUPS, plot.COLOURS))     # in the picture
 DENG = dict(n_pos=64, n_extra_neg=0, perturb=False, field="y-softmax")
 METHODS = {
     "teacher-1": Method("teacher-1", ITSELF, 1, keep_teacher),
@@ -299,30 +298,31 @@ METHODS = {
     "reflow": Method("reflow", ALONE, 1, train_reflow),
     "step-4": Method("step-4", ALONE, 4, partial(train_steps, steps=4)),
     # Costs per sample: the student 3, real and fake 1 each, or 2 each where they pass on gradients.
+    # An update of the fake network costs 4: its sample 1, the fake network 3. DMD2 takes 5, too.
     "dmd": Method("DMD without GAN", ALONE, 1,
-                  partial(match_scores, score_loss=dmd_loss, cost=3 + 1 + 1, updates=5)),  # as DMD2
+                  partial(match_scores, score_loss=dmd_loss, cost=5 + 5 * 4, updates=5)),
     "sid": Method("SiD without GAN", ALONE, 1,
-                  partial(match_scores, score_loss=sid_loss, cost=3 + 2 + 2, updates=1)),
+                  partial(match_scores, score_loss=sid_loss, cost=7 + 4, updates=1)),
     "consistency": Method("consistency", REAL, 1, train_consistency),
     "drift-a": Method("drift-a (Deng et al.)", REAL, 1, partial(train_drift, **DENG)),
     "drift": Method("drift (Drift-RAE)", REAL, 1, train_drift),
     "drift-windows": Method("drift-windows", REAL, 1, partial(train_drift, windows=(1, 2))),
 }
-RATES = {           # learning rates: the best of the table of rates
-    "regression": 1e-3, "reflow": 1e-3, "step-4": 3e-4, "dmd": 1e-3, "sid": 3e-4,
-    "consistency": 1e-3, "drift-a": 3e-3, "drift": 2e-3, "drift-windows": 2e-3}
+# The learning rates that --rates tries. The middle one is the best, and the main table takes it.
+RATES = {
+    "regression": (3e-4, 1e-3, 3e-3), "reflow": (3e-4, 1e-3, 3e-3), "step-4": (1e-4, 3e-4, 9e-4),
+    "dmd": (3e-4, 1e-3, 3e-3), "sid": (1e-4, 3e-4, 9e-4), "consistency": (3e-4, 1e-3, 3e-3),
+    "drift-a": (1e-3, 3e-3, 9e-3), "drift": (7e-4, 2e-3, 6e-3), "drift-windows": (7e-4, 2e-3, 6e-3)}
 DECIMALS = {"fd": 2, "precision": 3, "recall": 3, "label_accuracy": 3, "seconds": 0}
 HEADER = ["method", "what it sees", "evaluations per sample (NFE)", "rate", "distance ↓",
           "precision ↑", "recall ↑", "label accuracy ↑", "seconds, one thread"]
-STRIPS = ("regression", "dmd", "drift")     # methods of the second picture
 
 
-def distil_and_measure(job):
-    """job: (the teacher's path, OUT, the run's key, the run) -> the run with its results.
+def distil_and_measure(path, out, run):
+    """-> the run with its results, which are NaN if the training diverges; path: of the teacher.
 
-    The results are NaN if the training diverges. Two samples per class go to OUT/rivals/KEY.pt.
+    For the picture of samples, two images of each class go into the folder `out`.
     """
-    path, out, key, run = job
     teacher, rae, checkpoint = runs.open_teacher(path)
     cfg = dr.Config(device="cpu", seed=run["seed"], lr=run["rate"])
     torch.manual_seed(cfg.seed)
@@ -340,8 +340,7 @@ def distil_and_measure(job):
         sampler = partial(dr.ode_sample, network, steps=method.nfe + 1)
     measure = digits.Metrics(checkpoint)
     images = dr.generate(sampler, rae, measure.labels, cfg)
-    two = {"images": take_two(images)}
-    dr.save(out / "rivals" / f"{key}.pt", partial(torch.save, two))
+    dr.save(image_file(out, run), partial(torch.save, {"images": take_two(images)}))
     results = measure(images, measure.labels)
     results = {name: round(value, 5) for name, value in results.items()}
     return run | results | {"seconds": seconds, "evaluations": task.spent}
@@ -352,15 +351,20 @@ def take_two(images):
     return images[::len(images) // 20].clone()              # saving a view would save all images
 
 
+def image_file(out, run):
+    return out / "rivals" / f"{run['method']}, seed {run['seed']}.pt"
+
+
 # ---- The runs. A run is {method, seed, budget, rate}, and its key is a text that says so.
 
 
 def plan_runs(args, rates):
     """-> {key: run} of the main table or, if `rates` is true, of the table of rates."""
     planned = {}
+    budget = BUDGET // 10 if args.quick else BUDGET
     for method in args.methods:
         for seed, rate in choose_trials(method, args.seeds, rates):
-            run = {"method": method, "seed": seed, "budget": args.budget, "rate": rate}
+            run = {"method": method, "seed": seed, "budget": budget, "rate": rate}
             key = ", ".join(f"{name} {value}" for name, value in run.items())
             planned[key] = run
     return planned
@@ -368,30 +372,23 @@ def plan_runs(args, rates):
 
 def choose_trials(method, seeds, rates):
     """-> [(seed, rate), ...]"""
-    if method not in RATES:
-        return [(0, None)]                                  # the teacher is not trained here
-    rate = RATES[method]
     if rates:
-        return [(RATES_SEED, float(f"{x:.0e}")) for x in (rate / 3, rate, 3 * rate)]
-    return [(seed, rate) for seed in range(seeds)]
-
-
-def get_runs(planned, args):
-    """-> {key: run with results}."""
-    jobs = {key: (args.teacher, args.out, key, run) for key, run in planned.items()}
-    return runs.get_runs("rivals", args, jobs, distil_and_measure)
+        return [(RATES_SEED, rate) for rate in RATES.get(method, [])]
+    if method in RATES:
+        _, best, _ = RATES[method]
+        return [(seed, best) for seed in range(seeds)]
+    return [(0, None)]                                      # the teacher is not trained here
 
 
 # ---- Tables and pictures. `done` is {key: run with results}.
 
 
-def find_values(done, method, column="fd"):
-    """-> the method's values in this column, one per run."""
-    return [run[column] for run in done.values() if run["method"] == method]
-
-
-def list_methods(group):
-    return [name for name in METHODS if METHODS[name].group == group]
+def by_method(done):
+    """-> {method: its runs}"""
+    groups = {}
+    for run in done.values():
+        groups.setdefault(run["method"], []).append(run)
+    return groups
 
 
 def write_cell(values, decimals=2):
@@ -405,55 +402,50 @@ def write_rate(rate):
 def show_table(done):
     """Print the main table. A method is called diverged if one of its seeds did."""
     lines = []
-    for name, (title, group, nfe, _) in METHODS.items():
-        if find_values(done, name):
-            line = [title, group, str(nfe), write_rate(RATES.get(name))]
-            for column, decimals in DECIMALS.items():
-                line.append(write_cell(find_values(done, name, column), decimals))
-            lines.append(line)
+    for name, same in by_method(done).items():
+        title, group, nfe, _ = METHODS[name]
+        line = [title, group, str(nfe), write_rate(same[0]["rate"])]
+        for column, decimals in DECIMALS.items():
+            values = [run[column] for run in same]
+            line.append(write_cell(values, decimals))
+        lines.append(line)
     runs.print_table(HEADER, lines)
 
 
 def show_rates(done):
     lines = []
-    for name in RATES:
-        pairs = zip(find_values(done, name), find_values(done, name, "rate"))
-        cells = [f"{write_cell([fd])} at {write_rate(rate)}" for fd, rate in pairs]
-        if cells:
-            lines.append([METHODS[name].title, *cells])
+    for name, same in by_method(done).items():
+        cells = [f"{write_cell([run['fd']])} at {write_rate(run['rate'])}" for run in same]
+        lines.append([METHODS[name].title, *cells])
     print(f"\nDistances at three learning rates, seed {RATES_SEED}:")
     runs.print_table(["method", "a third of the rate", "the rate", "three times the rate"], lines)
 
 
 def draw_distances(done):
-    """A row per method, below the heading of its group."""
-    rows = []                                               # headings and methods, top to bottom
-    for group in GROUPS:
-        rows += [group, *list_methods(group)]
-    ticks = {-i: METHODS[row].title for i, row in enumerate(rows) if row in METHODS}
-    title = "Fréchet distance to real digits, lower is better. The headings: what the methods see"
-    dots = "small dots: one run each; large dot: their mean"
-    axes = plot.Axes(title, dots, "", (1, 100), (-15, 1), x_log=True, y_ticks=ticks,
-                     size=(820, 470))
-    for i, row in enumerate(rows):
-        distances = find_values(done, row)
-        if row in GROUPS:
-            axes.text(1, -i, row)
-        elif distances:
-            axes.points(np.mean(distances), -i, "#b4c6e4", radius=8)
-            axes.points(distances, -i, plot.COLOURS[0], radius=3)
+    """A row per method, a dot per run, and a colour for what the methods see."""
+    rows = {name: -i for i, name in enumerate(METHODS)}     # from the top to the bottom
+    names = {rows[name]: METHODS[name].title for name in rows}
+    axes = plot.Axes("Fréchet distance to real digits, lower is better; one dot per run", "",
+                     "what the methods see:", (1, 100), (-len(rows), 1), x_log=True,
+                     y_ticks=names, legend=COLOURS, size=(820, 440))
+    for run in done.values():
+        method = METHODS[run["method"]]
+        axes.points(run["fd"], rows[run["method"]], COLOURS[method.group])
     return axes.image()
+
+
+STRIPS = ("regression", "dmd", "drift")     # methods of the picture of samples
 
 
 def draw_samples(done, out):
     """Digits of seed 0, all from one noise, beside real ones; the number is the distance."""
     images, _ = digits.load_digits()
     strips = {"real digits": take_two(images)}
-    for key, run in done.items():
-        title = f"{METHODS[run['method']].title}, {run['fd']:.2f}"
+    for run in done.values():
         if run["method"] in STRIPS and run["seed"] == 0 and run["fd"] > 0:      # not NaN
-            strips[title] = dr.load(out / "rivals" / f"{key}.pt")["images"]
-    return plot.panels(strips, rows=5)
+            title = f"{METHODS[run['method']].title}, {run['fd']:.2f}"
+            strips[title] = dr.load(image_file(out, run))["images"]
+    return plot.panels(strips, rows=2)
 
 
 # ---- The command
@@ -465,17 +457,14 @@ def parse(argv):
     add("--out", type=Path, help="measure, and write into this folder; without it: print the "
                                  "tables of toy/results")
     add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, default=SEEDS, help=f"seeds of the table (default: {SEEDS})")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
-        help=f"some of {', '.join(METHODS)} (default: all)")
+    add("--seeds", type=int, default=3, help="seeds of the table (default: 3)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all of them")
     add("--quick", action="store_true", help="measure with a tenth of the budget and one seed")
     add("--rates", action="store_true", help="with --out: measure three learning rates per method")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise dr.UserError("--seeds must be at least 1")
-    args.budget = BUDGET
     if args.quick:
-        args.budget = BUDGET // 10
         args.seeds = 1
         args.out = args.out or Path("out")
     return args
@@ -486,15 +475,15 @@ def main(argv=None):
     if args.out:
         dr.make_folder(args.out / "rivals")
         runs.open_teacher(args.teacher)     # refuse a wrong file before the workers start
+    work = partial(distil_and_measure, args.teacher, args.out)
     if args.out is None or not args.rates:
-        done = get_runs(plan_runs(args, rates=False), args)
+        done = runs.get_runs("rivals", args, plan_runs(args, rates=False), work)
         show_table(done)
         if args.out:
             runs.save_png(args.out / "rivals.png", draw_distances(done))
             runs.save_png(args.out / "rivals_samples.png", draw_samples(done, args.out))
     if args.out is None or args.rates:
-        done = get_runs(plan_runs(args, rates=True), args)
-        show_rates(done)
+        show_rates(runs.get_runs("rivals", args, plan_runs(args, rates=True), work))
 
 
 if __name__ == "__main__":
