@@ -1,23 +1,24 @@
 """Drift-RAE in one file: distil a flow model into an image generator that needs one evaluation.
 
 An implementation of "Distilling Drifting Transformers with Representation Autoencoders" (Zhang,
-Xia, Li, Gu, arXiv 2606.15553), independent of its authors, who have released no code. Measured on
-MNIST digits: the student scores 1.28 in one evaluation, its teacher 1.74 in 49 and 78 in one; two
-halves of the real digits score 1.48. (Fréchet distance in a small classifier's features, no FID;
-three seeds.) ImageNet-256, 1.77 FID in the paper, is not reproduced: nobody has run it.
+Xia, Li, Gu, arXiv 2606.15553), independent of its authors, who have released no code. On MNIST
+digits the student scores 1.28 in one evaluation, its teacher 78 in one and 1.74 in 49. (Fréchet
+distance in a small classifier's features, no FID; lower is better. One half of the real digits
+scores 1.48; the models saw both.) The paper's 1.77 FID on ImageNet-256 is not reproduced: nobody
+has run it.
 
 A Representation Autoencoder (RAE) turns an image into a grid of vectors, called tokens. The encoder
 is a frozen DINOv2 (for the digits a small ViT, trained by toy/digits.py), the decoder a ViT that
 was trained to invert it. The tokens, normalised by stored statistics, are the latents. They cluster
 by class, which drifting needs (§3.2). The teacher is a flow model on the latents: it takes 49
-evaluations per image. The student starts from the teacher's weights and learns to do it in one. Its
-first samples are blurs near the mean of their class. The start matters all the same: from random
-weights training fails (Table 9: FID 100). Nothing else of the teacher is used, neither its samples
-nor its trajectories. Instead, each generated token is pulled towards real tokens of the same class
-and grid position, and pushed away from the other generated tokens there. Pull minus push is the
-drift V. Where real and generated tokens are distributed alike, only the noise of finite batches is
-left of V. Normalising V makes this noise as large as any other V, so the updates never shrink by
-themselves. The decaying learning rate and the moving average of the weights even them out.
+evaluations per image. The student starts from the teacher's weights and learns to do it in one.
+This start matters, although its samples are blurs: from random weights training fails (Table 9: FID
+100). Nothing else of the teacher is used, neither its samples nor its trajectories. Instead, each
+generated token is pulled towards real tokens of the same class and grid position, and pushed away
+from the other generated tokens there. Pull minus push is the drift V. Where real and generated
+tokens are distributed alike, only the noise of finite batches is left of V. Normalising V makes
+this noise as large as any other V, so the updates never shrink by themselves. The decaying learning
+rate and the moving average of the weights even them out.
 
 One training step (the paper's three modifications of Deng et al., arXiv 2602.04770, are marked):
     for each class y of this step:
