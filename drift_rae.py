@@ -1,11 +1,10 @@
 """Drift-RAE in one file: distil a flow model into an image generator that needs one evaluation.
 
 An implementation of "Distilling Drifting Transformers with Representation Autoencoders" (Zhang,
-Xia, Li, Gu, arXiv 2606.15553), independent of its authors, who have released no code. On MNIST
-digits the student scores 1.28 in one evaluation, its teacher 78 in one and 1.74 in 49. (Fréchet
-distance in a small classifier's features, no FID; lower is better. One half of the real digits
-scores 1.48; the models saw both.) The paper's 1.77 FID on ImageNet-256 is not reproduced: nobody
-has run it.
+Xia, Li, Gu, arXiv 2606.15553), independent of its authors, who released no code. On MNIST digits
+the student scores 1.28 in one evaluation, its teacher 78 in one and 1.74 in 49. (Fréchet distance
+in a small classifier's features, no FID; lower is better. One half of the real digits scores 1.48;
+the models saw both.) The paper's 1.77 FID on ImageNet-256 is not reproduced: nobody has tried.
 
 A Representation Autoencoder (RAE) turns an image into a grid of vectors, called tokens. The encoder
 is a frozen DINOv2 (for the digits a small ViT, trained by toy/digits.py), the decoder a ViT that
