@@ -1,6 +1,7 @@
 """The teacher in the box: 5,000 real digits -> a tiny RAE, a flow model in its latents, a judge.
 
     python toy/digits.py --out DIR [--seed S]      trains them and writes DIR/teacher.pt
+    python toy/digits.py                           prints the students' results in toy/results
 
 toy/teacher.pt was made by this command, and `python drift_rae.py` distils it.
 
@@ -336,19 +337,19 @@ def print_table(rows):
         print(line)
 
 
-def print_seeds(pattern):
-    """Print means over the metrics.json of several seeds, as a table in Markdown."""
-    paths = sorted(Path(__file__).with_name("results").glob(pattern))
+def print_seeds():
+    """Print means over toy/results/digits_*.json, which are the metrics.json of several seeds."""
+    paths = Path(__file__).with_name("results").glob("digits_*.json")
     seeds = [json.loads(path.read_text()) for path in paths]
     print("| | distance ↓ | precision | recall | label accuracy | nearest |")
     print("|---|---|---|---|---|---|")
     for name, title in ROWS.items():
         line = f"| {title} |"
-        for metric, digits in DECIMALS.items():
+        for metric, decimals in DECIMALS.items():
             values = np.array([rows[name][metric] for rows in seeds])
-            line += f" {values.mean():.{digits}f}"
-            if values.std() > 0:
-                line += f" ± {values.std(ddof=1):.{digits}f}"
+            line += f" {values.mean():.{decimals}f}"
+            if np.ptp(values) > 1e-4:                           # the real digits have no seeds
+                line += f" ± {values.std(ddof=1):.{decimals}f}"
             line += " |"
         print(line)
 
@@ -356,10 +357,14 @@ def print_seeds(pattern):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default="out", help="folder of teacher.pt (default: out)")
+    add("--out", type=Path, help="train, and write teacher.pt into this folder; without it: print "
+                                 "what the students of toy/results reached")
     add("--seed", type=int, default=0, help="seed of everything except the judge (default: 0)")
     add("--steps", type=int, nargs=3, default=STEPS, help="steps of encoder, decoder and teacher")
     args = parser.parse_args(argv)
+    if args.out is None:
+        print_seeds()
+        return
     if min(args.steps) < 11:
         raise dr.UserError("--steps: at least 11 each, because the rate warms up for a tenth")
     dr.make_folder(args.out)
