@@ -445,7 +445,7 @@ def draw_samples(done, out):
         if run["method"] in STRIPS and run["seed"] == 0 and run["fd"] > 0:      # not NaN
             title = f"{METHODS[run['method']].title}, {run['fd']:.2f}"
             strips[title] = dr.load(image_file(out, run))["images"]
-    return plot.panels(strips, rows=2)
+    return plot.panels(strips, rows=5)
 
 
 # ---- The command
