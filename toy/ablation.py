@@ -222,7 +222,7 @@ def show(tables):
     for table, results in tables.items():
         title, rows, _, seeds = TABLES[table]
         print(f"\n**{title}**")
-        header = ["", *METRICS.values(), "difference", "interval", "", "paper's FID"]
+        header = ["", *METRICS.values(), "difference", "interval", "verdict", "paper's FID"]
         lines = []
         for row in rows:
             values = results[row.name]
@@ -261,7 +261,7 @@ def draw_differences(tables):
     names = {-i: text if key else "" for i, (text, key) in enumerate(lines)}
     legend = {verdict or "no verdict": colour for verdict, colour in VERDICTS.items()}
     axes = plot.Axes("Difference of the distance (lower is better)",
-                     "dot: mean over the seeds, line: corrected 95 % interval", "",
+                     "dot: mean over the seeds, line: interval at Holm's level", "",
                      (left, right), (bottom, 0.6), y_ticks=names, legend=legend,
                      size=(900, 100 + 24 * len(lines)))
     axes.line([0, 0], [0.6, bottom], "#000000")

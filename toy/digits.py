@@ -304,7 +304,8 @@ def report(student, rae, checkpoint, cfg, log, began):
         seconds = time.perf_counter() - start
         rows[name] = measure(images, labels) | {"seconds_per_image": seconds / len(labels)}
 
-    eight = measure.images.unflatten(0, (10, -1))[:, :8].flatten(0, 1)      # of each class
+    real, _ = measure.others
+    eight = real.unflatten(0, (10, -1))[:, :8].flatten(0, 1)    # of each class
     picture = draw_samples(rows, samplers, eight, rae, cfg)
     dr.save(out / "samples.png", partial(picture.save, format="PNG"))
     seconds = {"distil": log[-1]["seconds"], "total": time.perf_counter() - began}

@@ -269,7 +269,7 @@ def print_spaces(columns):
     lines = []
     for name in columns["VAE-64"]:      # a VAE has all rows
         decimals = 2 if name.startswith("Fréchet") else 4
-        line = [name]
+        line = [name.replace("Fréchet", "distance")]
         for rows in columns.values():
             cell = runs.cell(rows[name], decimals) if name in rows else ""
             line.append(cell)
