@@ -363,11 +363,11 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="seed of everything except the judge (default: 0)")
     add("--steps", type=int, nargs=3, default=STEPS, help="steps of encoder, decoder and teacher")
     args = parser.parse_args(argv)
+    if min(args.steps) < 11:
+        raise dr.UserError("--steps: at least 11 each, because the rate warms up for a tenth")
     if args.out is None:
         print_seeds()
         return
-    if min(args.steps) < 11:
-        raise dr.UserError("--steps: at least 11 each, because the rate warms up for a tenth")
     dr.make_folder(args.out)
     make_teacher(args.out / "teacher.pt", args.seed, args.steps)
 
