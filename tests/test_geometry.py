@@ -243,7 +243,7 @@ def test_the_command_continues_where_it_was(few, teacher, tmp_path, monkeypatch,
     flags = ["--out", tmp_path, "--teacher", teacher, "--quick"]
     helpers.run(*flags, main=geometry.main)
     table = capsys.readouterr().out
-    for words in ("RAE-64", "VAE-64", "paper: RAE", "NN-d, raw", "Fréchet, student at rate 0.01",
+    for words in ("RAE-64", "VAE-64", "paper: RAE", "NN-d, raw", "distance, student at rate 0.01",
                   "posterior", "best rate", "temperature 0.02"):
         assert words in table
     saved = json.loads((tmp_path / "geometry.json").read_text())
