@@ -222,7 +222,8 @@ def test_a_mean_that_is_missing_is_zero(commands, released, tmp_path):
     students = []
     for mean in ({"mean": torch.zeros_like(var)}, {"mean": None}, {}):
         torch.save({"var": var} | mean, models / STATISTICS)
-        run(*commands["images"], *FEW, "--workers", 0, "--models", models, "--out", tmp_path / "out")
+        run(*commands["images"], *FEW, "--workers", 0, "--models", models,
+            "--out", tmp_path / "out")
         students.append(read(tmp_path / "out" / "student.pt")["ema"])
     assert distance(students[0], students[1]) == distance(students[0], students[2]) == 0
 

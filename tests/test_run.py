@@ -60,7 +60,8 @@ def change(teacher, out):
 # ---- What a run leaves
 
 @pytest.mark.parametrize("kind,size,more", [
-    ("digits", None, {"metrics.json", "training.gif"}), ("images", (8 * 17 + 1, 3 * 17 + 1), set())])
+    ("digits", None, {"metrics.json", "training.gif"}),
+    ("images", (8 * 17 + 1, 3 * 17 + 1), set())])
 def test_a_run_leaves_its_files(whole, kind, size, more):
     out = whole[kind]
     assert names(out) == {"student.pt", "state.pt", "samples.png", "log.csv"} | more
