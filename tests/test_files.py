@@ -142,7 +142,7 @@ REFUSALS = [
         ("classes 2", pictures("0", "1") | {"data/2/._a.png": PICTURE, "data/2/a.gif": PICTURE})]),
     ("--data {tmp}/data --n-class 3", "--n-class", pictures("0", "2")),
     *((f"--data {{tmp}}/data --n-class 1 --workers {workers}", name, {f"data/{name}": content})
-      for workers in (0, 2) for name, content in [
+      for workers in (0, 1) for name, content in [
           ("0/a.png", b""), ("0/a.JPEG", b"\xff\xd8\xff\xe0 cut"), ("0/a.png", DEEP),
           ("0/a.tiff", FLOAT)]),
     ("--data {tmp}/data", "val", pictures("n00000001", "n00000002", "n00000003", "val")),
