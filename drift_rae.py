@@ -14,7 +14,7 @@ evaluations per image. The student starts from the teacher's weights and learns 
 This start matters, although its samples are blurs: from random weights training fails (Table 9: FID
 100). Nothing else of the teacher is used, neither its samples nor its trajectories. Instead, each
 generated token is pulled towards real tokens of the same class and grid position, and pushed away
-from the other generated tokens there. Pull minus push is the drift V. Where real and generated
+from the other generated tokens there. Pull plus push is the drift V. Where real and generated
 tokens are distributed alike, only the noise of finite batches is left of V. Normalising V makes
 this noise as large as any other V, so the updates never shrink by themselves. The decaying learning
 rate and the moving average of the weights even them out.
@@ -30,9 +30,9 @@ One training step (the paper's three modifications of Deng et al., arXiv 2602.04
         for τ in 0.02 S, 0.05 S, 0.2 S:                        the temperatures
             at every grid position:
                 x  = gen + τ·n                 modification 2  Eq. (12)
-                w+ = softmax(-|x - pos| / τ)   modification 1  over pos only; Deng et al. normalise
-                w- = softmax(-|x - neg| / τ)                   over all targets and over gen, too
-                V  = Σ w+·pos - Σ w-·neg       Eq. (11)        neg: (gen, extra) but not x's own
+                w+ = softmax(-|x - pos| / τ)   modification 1  over pos alone
+                w- = softmax(-|x - neg| / τ)                   over neg: (gen, extra) but x's own
+                V  = Σ w+·pos - Σ w-·neg       Eq. (11)        (both w sum to 1, so x cancels)
             drift += V / rms(V)                                rms over all samples and positions
         loss = |g - stop_gradient(g + drift)|²                 Eq. (10), g: gen in units of S/√D
     average the gradients over the classes, clip, AdamW, moving average of the weights
@@ -41,7 +41,7 @@ Commands (README.md has more):
     python drift_rae.py --teacher ckpt.pt             distils a teacher that toy/digits.py made
     python drift_rae.py --preset imagenet256 --data DIR      the paper's run, with released weights
     python drift_rae.py --sample 100 --to a.png       draws from out/student.pt
-Sections 1 to 4 are the method; you can stop there (5 RAE, 6 DiT^DH, 7 Data, 8 Files, 10 Command).
+You can stop after section 4, the method (5 RAE, 6 DiT^DH, 7 Data, 8 Checkpoints, 10 Command).
     1 Configuration  Table 8             Config, PRESETS
     2 Drifting       Eq. (5), (10)-(12)  drift_field, laplace_noise, drift_loss, tokens
     3 Flow           Eq. (1)-(4), (8)    one_step, flow_matching_loss, ode_sample
@@ -196,7 +196,7 @@ def drift_loss(gen, pos, extra_neg=None, temperatures=(0.02, 0.05, 0.2), *, fiel
     neg = x if extra_neg is None else torch.cat([x, extra_neg.detach()], 1)  # [L,M,D]
     with torch.autocast(x.device.type, enabled=False):       # float32, whoever calls this
         all_distances = torch.cat([distances(x, neg), distances(x, pos)], 2)     # [L,N,M+P]
-        S = all_distances.mean().clamp(min=1e-3)             # with self-distances, as Deng et al.
+        S = all_distances.mean().clamp(min=1e-3)             # self-distances count, too
         unit = (S / x.shape[-1] ** 0.5).clamp(min=1e-3)      # S/√D
         n = laplace_noise(x, generator) if perturb else None     # the same for all temperatures
         info = {"scale": S}
@@ -277,7 +277,7 @@ STREAMS = {"noise": 0, "data": 1, "samples": 2, "mirror": 3}
 
 
 def numpy_stream(cfg, purpose, index, label=-1):
-    """One generator per purpose, step (or sample) and class: no break or process changes a draw."""
+    """A generator per purpose, step (or sample) and class: a resumed run draws the same numbers."""
     return np.random.default_rng([cfg.seed, index, label + 1, STREAMS[purpose]])
 
 
@@ -302,7 +302,7 @@ def class_loss(student, label, pos, step, cfg, loss_function=latent_loss):
     y = torch.full((n,), label, device=cfg.device)
     with autocast(cfg):
         gen = one_step(student, z[:cfg.n_neg], y[:cfg.n_neg])
-        extra_neg = z[:0]                                    # none
+        extra_neg = z[:0]                                    # no samples
         if cfg.n_extra_neg > 0:
             with torch.no_grad():                            # modification 3
                 extra_neg = one_step(student, z[cfg.n_neg:], y[cfg.n_neg:])

@@ -11,7 +11,6 @@ three learning rates, since the best rate need not be the same in every space. T
 why drifting needs concentrated latents, is simulated.
 Runs are kept in DIR/geometry.json, so an interrupted command continues where it stopped.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -358,20 +357,8 @@ def gather(jobs, work, args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="measure, and write into this folder; without it: print the "
-                                 "tables of toy/results")
-    add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, default=3, help="seeds per space (default: 3)")
-    add("--quick", action="store_true", help="measure two spaces, with one seed and few steps")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        raise dr.UserError("--seeds must be at least 1")
-    if args.quick:
-        args.seeds = 1
-        args.out = args.out or Path("out")
-    return args
+    parser = runs.make_parser(__doc__, quick="two spaces, with one seed and few steps")
+    return runs.parse_seeds(parser, argv)
 
 
 def main(argv=None):

@@ -157,9 +157,9 @@ def note(lines, size, font=15):
     return image
 
 
-def write_gif(file, frames, milliseconds=120):
-    """frames: images. The last one stays for 2.5 seconds."""
-    times = [milliseconds] * (len(frames) - 1) + [2500]
+def write_gif(file, frames):
+    """Each of the images stays for 120 milliseconds, the last one for 2.5 seconds."""
+    times = [120] * (len(frames) - 1) + [2500]
     first, *others = frames
     first.save(file, format="GIF", append_images=others, save_all=True, duration=times, loop=0)
 

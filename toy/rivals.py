@@ -31,7 +31,6 @@ In this file x is data, z or ε is noise, and x_t = (1−t)·x + t·ε. The flow
 v(x_t, t) ≈ ε − x, and a single step from noise is G(z) = z − v(z, 1). sg stops the gradient.
 Finished runs stay in DIR/rivals.json, so an interrupted command continues where it stopped.
 """
-import argparse
 import dataclasses
 import sys
 import time
@@ -452,22 +451,11 @@ def draw_samples(done, out):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = runs.make_parser(__doc__, quick="with a tenth of the budget and one seed")
     add = parser.add_argument
-    add("--out", type=Path, help="measure, and write into this folder; without it: print the "
-                                 "tables of toy/results")
-    add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
-    add("--seeds", type=int, default=3, help="seeds of the table (default: 3)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all of them")
-    add("--quick", action="store_true", help="measure with a tenth of the budget and one seed")
     add("--rates", action="store_true", help="with --out: measure three learning rates per method")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        raise dr.UserError("--seeds must be at least 1")
-    if args.quick:
-        args.seeds = 1
-        args.out = args.out or Path("out")
-    return args
+    return runs.parse_seeds(parser, argv)
 
 
 def main(argv=None):

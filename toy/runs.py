@@ -4,6 +4,7 @@ A run is one training with one seed; a text, its key, names it. `complete` compu
 JSON file lacks and writes the file after each of them, so that the same command continues where it
 was interrupted.
 """
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,32 @@ from tqdm import tqdm
 import drift_rae as dr
 
 RESULTS = Path(__file__).with_name("results")     # what the pages' tables are printed from
+
+# ---- The command line of geometry, ablation and rivals
+
+
+def make_parser(doc, quick):
+    """The flags that all three have; doc: of the script, quick: what --quick does."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="measure, and write into this folder; without it: print the "
+                                 "tables of toy/results")
+    add("--teacher", type=Path, default=dr.Config.teacher, help="default: toy/teacher.pt")
+    add("--quick", action="store_true", help=f"measure {quick}")
+    return parser
+
+
+def parse_seeds(parser, argv):
+    """Parse --seeds, too. --quick takes one seed, and writes into out/ if there is no --out."""
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the table (default: 3)")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        raise dr.UserError("--seeds must be at least 1")
+    if args.quick:
+        args.seeds = 1
+        args.out = args.out or Path("out")
+    return args
+
 
 # ---- Runs
 
